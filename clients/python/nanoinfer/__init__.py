@@ -1,0 +1,1 @@
+"""NanoInfer: client library and command line."""

@@ -1,0 +1,1 @@
+"""The gateway: composes tokenizer and engine, admits, matches stop strings, traces."""

@@ -1,0 +1,1 @@
+"""How to be a service here: lifecycle, telemetry, configuration, errors, validation."""

@@ -1,0 +1,1 @@
+"""The engine service: token ids in, token ids out; scheduler, paged KV cache, model, sampler."""

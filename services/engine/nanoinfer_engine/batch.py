@@ -1,0 +1,54 @@
+"""What runs in one step: the immutable value that goes down from scheduler to runner.
+
+Plain data, no torch. `Batch` goes down, one `SampledToken` (or an exception) per sampling row comes
+up. Nobody fills in another's fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanoinfer_engine.request import SampledToken, SamplingOptions
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One request's share of a step: `token_ids` at positions [start, start + len(token_ids)).
+
+    `block_ids` covers every position up to the end of this share, in order. With `samples` the
+    logits of the last token are sampled; `masked_token_ids` may then not be chosen.
+    The sampled token's position is start + len(token_ids): the position of its random number.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    block_ids: tuple[int, ...]
+    samples: bool
+    sampling: SamplingOptions
+    masked_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed for this row in this step."""
+        return len(self.token_ids)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens whose K and V the row's last token may see, itself included."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, at least one."""
+
+    rows: tuple[BatchRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step over all rows."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+RowResult = SampledToken | Exception | None
+"""What `execute` returns per row: a token, why this row alone failed, or None (row not sampled)."""

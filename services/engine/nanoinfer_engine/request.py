@@ -1,0 +1,144 @@
+"""A request as the engine knows it: plain data, no torch, no proto, no text.
+
+A `Request` is one completion. A client that asks for n completions gives n requests that share the
+prompt and differ in `index` and seed. The scheduler owns the mutable part; the event loop reads
+none of it and receives immutable `RequestOutput` values instead.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended. Only STOP and LENGTH reach the wire; the rest are RPC statuses."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen; every value resolved, none unset.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. The random number of a
+    token depends on `seed` and its position alone, never on the batch it runs in.
+    `num_logprobs` None means no log-probabilities, 0 the sampled token's only.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class StoppingOptions:
+    """When a request ends. `eos_token_ids` is empty where the client ignores EOS."""
+
+    max_tokens: int
+    min_tokens: int
+    stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
+    include_stop_token: bool
+
+    def masked_token_ids(self, num_completion_tokens: int) -> frozenset[int]:
+        """Ids that may not be sampled yet: every ending id while `min_tokens` is not reached."""
+        if num_completion_tokens >= self.min_tokens:
+            return frozenset()
+        return self.stop_token_ids | self.eos_token_ids
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural-log probability of one id under the raw (temperature 1, unmasked) distribution.
+
+    `rank` is 1 for the likeliest id.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A chosen id; `logprob` and `top` only where the row asked for log-probabilities."""
+
+    token_id: int
+    logprob: Logprob | None = None
+    top: tuple[Logprob, ...] = ()
+
+
+@dataclass
+class RequestTimes:
+    """Monotonic nanoseconds at which the request passed each gate; None until it has."""
+
+    arrived: int
+    scheduled: int | None = None
+    first_token: int | None = None
+    finished: int | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One completion on its way through the engine.
+
+    `num_computed_tokens` counts the tokens (prompt, then completion) whose K and V are in
+    `block_ids`; preemption sets it back to 0. `deadline` is in monotonic nanoseconds.
+    Invariant: 0 <= num_computed_tokens <= num_tokens.
+    """
+
+    request_id: str
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingOptions
+    stopping: StoppingOptions
+    times: RequestTimes
+    priority: int = 0
+    tenant: str = ""
+    deadline: int | None = None
+    # owned by the scheduler
+    completion_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+    num_prefill_chunks: int = 0
+    num_waiting_at_arrival: int = 0
+    max_batch_size: int = 0
+    num_steps: int = 0
+    max_blocks: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion tokens known so far."""
+        return len(self.prompt_token_ids) + len(self.completion_token_ids)
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Token ids of positions [start, stop) over prompt and completion."""
+        prompt = self.prompt_token_ids
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        offset = len(prompt)
+        tail = self.completion_token_ids[max(start - offset, 0) : stop - offset]
+        return (*prompt[start:], *tail) if start < offset else tuple(tail)
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step gave one request; immutable, crosses from the engine thread to the event loop.
+
+    `tokens` holds what the client may see (a stop id only where asked for). `finish_reason` is set
+    on the last output; then `stop_token_id` says which id ended it, if one did.
+    """
+
+    request: Request
+    tokens: tuple[SampledToken, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None

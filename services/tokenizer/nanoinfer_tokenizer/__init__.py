@@ -1,0 +1,1 @@
+"""The tokenizer service: text to ids and back, chat templates, the vocabulary."""
