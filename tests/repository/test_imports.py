@@ -1,0 +1,82 @@
+"""The positive list of third-party packages per room; import-linter holds what is forbidden."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = {
+    "google",
+    "grpc",
+    "grpc_health",
+    "grpc_reflection",
+    "opentelemetry",
+    "prometheus_client",
+    "pydantic",
+    "pydantic_settings",
+    "structlog",
+    "uvloop",
+    "yaml",
+}
+SERVICE = {"nanoinfer", "nanoinfer_common", "google", "grpc", "opentelemetry", "prometheus_client"}
+SERVICE |= {"pydantic", "structlog"}
+ALLOWED = {
+    "clients/python/nanoinfer": {"nanoinfer", "google", "grpc", "opentelemetry", "rich", "typer"},
+    "services/common/nanoinfer_common": {"nanoinfer", "nanoinfer_common", *COMMON},
+    "services/tokenizer/nanoinfer_tokenizer": {
+        "nanoinfer_tokenizer",
+        "tiktoken",
+        "tokenizers",
+        "jinja2",
+        *SERVICE,
+    },
+    "services/engine/nanoinfer_engine": {
+        "nanoinfer_engine",
+        "torch",
+        "numpy",
+        "safetensors",
+        "psutil",
+        *SERVICE,
+    },
+    "gateway/nanoinfer_gateway": {"nanoinfer_gateway", *SERVICE},
+}
+TORCH_FREE = {"scheduler", "blocks", "batch", "request", "config"}
+PROTO_FREE_EXCEPT = {"service", "telemetry", "settings", "__main__"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Top-level packages that a file imports, wherever in the file the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_only_what_is_listed(room: str) -> None:
+    allowed = ALLOWED[room] | set(sys.stdlib_module_names)
+    foreign = {
+        f"{path.relative_to(ROOT)}: {package}"
+        for path in (ROOT / room).rglob("*.py")
+        for package in imported(path)
+        if package not in allowed
+    }
+    assert foreign == set()
+
+
+def test_the_engines_policy_is_torch_free() -> None:
+    engine = ROOT / "services/engine/nanoinfer_engine"
+    for name in TORCH_FREE:
+        assert "torch" not in set(imported(engine / f"{name}.py")), name
+
+
+def test_only_the_engines_edge_knows_proto_and_grpc() -> None:
+    engine = ROOT / "services/engine/nanoinfer_engine"
+    for path in engine.rglob("*.py"):
+        if path.stem not in PROTO_FREE_EXCEPT:
+            packages = set(imported(path))
+            assert packages.isdisjoint({"grpc", "google", "nanoinfer", "nanoinfer_common"}), path
