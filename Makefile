@@ -59,7 +59,7 @@ proto: $(CODEGEN)/.ready  ## generate the Python stubs again
 	PATH="$(CURDIR)/$(CODEGEN)/bin:$$PATH" $(CODEGEN)/bin/python proto/generate.py clients/python
 
 release-contract: node_modules/.ready  ## record the contract that `buf breaking` compares with from now on
-	PATH="$(CURDIR)/$(BIN):$$PATH" node_modules/.bin/buf build proto --exclude-source-info -o proto/released.binpb
+	PATH="$(CURDIR)/$(BIN):$$PATH" node_modules/.bin/buf build --exclude-source-info -o proto/released.binpb
 
 bench: $(VENV)/.run  ## measure tokens/s at 1, 8 and 32 streams, TTFT and the gateway's overhead here
 	$(BIN)/python benchmarks/serving.py --model models/guide

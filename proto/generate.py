@@ -23,7 +23,6 @@ def generate(output: Path) -> None:
     services = [path for path in files if "\nservice " in path.read_text()]
     includes = [
         f"-I{ROOT}",
-        f"-I{ROOT / 'third_party'}",
         f"-I{resources.files('grpc_tools') / '_proto'}",
     ]
     messages_out = [f"--python_out={output}", f"--pyi_out={output}"]

@@ -63,7 +63,7 @@ def test_lint_sees_a_missing_comment(copied_contract: Path) -> None:
 
 @needs_buf
 def test_contract_does_not_break_the_released_one() -> None:
-    result = buf("breaking", "proto", "--against", str(RELEASED))
+    result = buf("breaking", "--against", str(RELEASED))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -73,7 +73,7 @@ def test_breaking_sees_a_removed_field(copied_contract: Path) -> None:
     text = path.read_text()
     line = next(line for line in text.splitlines() if "optional float top_p = 2" in line)
     path.write_text(text.replace(line, ""))
-    result = buf("breaking", "proto", "--against", str(RELEASED), cwd=copied_contract)
+    result = buf("breaking", "--against", str(RELEASED), cwd=copied_contract)
     assert result.returncode != 0
     assert "top_p" in result.stdout
 
