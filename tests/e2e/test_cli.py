@@ -1,0 +1,86 @@
+"""The README's commands, by hand as a user would: without a terminal, standard input closed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.e2e.conftest import GUIDE
+from tests.e2e.stack import Stack
+
+NANOINFER = Path(sys.executable).parent / "nanoinfer"
+
+
+def run(*arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(NANOINFER), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def test_trace_answers_and_draws_the_request(tmp_path: Path) -> None:
+    result = run("trace", "--model", str(GUIDE), "What is a KV cache?")
+    assert result.returncode == 0, result.stderr
+    assert "key" in result.stdout.lower()
+    for name in (
+        "ChatStream",
+        "RenderChat",
+        "EngineService/Generate",
+        "queue",
+        "prefill",
+        "decode",
+    ):
+        assert name in result.stdout, name
+    for service in ("gateway", "tokenizer", "engine"):
+        assert service in result.stdout, service
+
+
+def test_chat_and_complete_against_a_running_gateway(stack: Stack) -> None:
+    target = ["--target", stack.gateway.address]
+    answer = run("chat", *target, "--max-tokens", "48", "What is a KV cache?")
+    assert answer.returncode == 0, answer.stderr
+    assert "key" in answer.stdout.lower()
+    completion = run("complete", *target, "--json", "--temperature", "0", "import os")
+    assert completion.returncode == 0, completion.stderr
+    assert json.loads(completion.stdout)
+    models = run("models", *target, "--json")
+    assert "guide" in models.stdout
+
+
+def test_a_refused_request_has_its_own_exit_code(stack: Stack) -> None:
+    result = run("chat", "--target", stack.gateway.address, "--top-p", "0", "x")
+    assert result.returncode == 4
+    assert "top_p" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_up_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    log = tmp_path / "up.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(NANOINFER), "up", "--model", str(GUIDE), "--port", "0"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
+        )
+    try:
+        end = time.monotonic() + 90
+        while "ready" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
