@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be served; the message names the field, tensor or file at fault."""
 
 
 @dataclass(frozen=True)
@@ -27,3 +32,87 @@ class EngineConfig:
     max_batch_requests: int = 64
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv:2104.09864): base frequency and context extension.
+
+    `kind` is "default", "linear" (positions divided by `factor`) or "llama3" (low frequencies
+    divided by `factor`, high ones kept, a ramp between; thresholds relative to
+    `original_max_position_embeddings`).
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def inverse_frequencies(self, head_dim: int) -> list[float]:
+        """Radians a position turns each of the head's `head_dim / 2` planes by."""
+        plain = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+        if self.kind == "linear":
+            return [frequency / self.factor for frequency in plain]
+        if self.kind == "llama3":
+            return [self._llama3(frequency) for frequency in plain]
+        return plain
+
+    def _llama3(self, frequency: float) -> float:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        # 0 where the plane turns fewer than `low` times over the original context, 1 above `high`
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return frequency * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's architecture; every field resolved, consistent with the others once constructed.
+
+    `topology` is "decoder" (Llama family: RMSNorm, RoPE, gated MLP) or "gpt2" (LayerNorm, learned
+    positions, plain MLP). `sliding_windows` has one entry per layer: the number of last positions
+    a token sees, itself included, or None for all. `rope` is unused by "gpt2". `eos_token_ids` are
+    those that the checkpoint itself declares. Raises CheckpointError where fields contradict.
+    """
+
+    model_type: str
+    topology: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float
+    activation: str
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    norm_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+    rope: RopeConfig
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check what no single field shows."""
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"num_attention_heads {self.num_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.topology == "decoder" and self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} is odd: RoPE turns pairs")
+        if len(self.sliding_windows) != self.num_layers:
+            raise CheckpointError(
+                f"layer_types has {len(self.sliding_windows)} entries"
+                f" for num_hidden_layers {self.num_layers}"
+            )
+        for token_id in self.eos_token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise CheckpointError(f"eos_token_id {token_id} is outside the vocabulary")

@@ -1,0 +1,153 @@
+"""Checkpoints on disk: what tensors there are, their shapes, and one tensor at a time.
+
+Two kinds: a Hugging Face directory (config.json and safetensors, sharded or not) and a
+nanoGPT-style `.pt` file. Nothing in either is executed: safetensors holds no code, and `.pt` goes
+through `torch.load(weights_only=True)`; what that refuses is refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanoinfer_engine.config import CheckpointError, ModelConfig
+from nanoinfer_engine.model_formats import nanogpt_config, read_huggingface_config, read_json
+
+_SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Checkpoint(Protocol):
+    """A set of named tensors and the architecture they belong to."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture, checked for sense but not against the tensors."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, without reading any."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, on the CPU; CheckpointError if it is no float tensor."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a directory, or a .pt file. Raises CheckpointError."""
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    if path.suffix in (".pt", ".pth") and path.is_file():
+        return TorchCheckpoint(path)
+    raise CheckpointError(f"{path}: neither a model directory nor a .pt file")
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face model directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read config.json and every file's header."""
+        self.config = read_huggingface_config(directory)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Any] = {}
+        for file_name in _weight_files(directory):
+            self._open(directory / file_name)
+        self._check_index(directory)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, read from its file."""
+        dtype = self._files[name].get_slice(name).get_dtype()
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"{name}: dtype {dtype}, supported: {', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def _open(self, path: Path) -> None:
+        try:
+            file: Any = safe_open(path, framework="pt")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path.name}: {error}") from error
+        for name in shapes:
+            if name in self.shapes:
+                raise CheckpointError(f"{path.name}: {name} is already in another file")
+            self._files[name] = file
+        self.shapes.update(shapes)
+
+    def _check_index(self, directory: Path) -> None:
+        if (directory / _INDEX).exists():
+            for name in _weight_map(directory):
+                if name not in self.shapes:
+                    raise CheckpointError(f"{_INDEX}: {name} is in none of the files")
+
+
+class TorchCheckpoint:
+    """A nanoGPT-style file: {"model_args" or "config": arguments, "model": state dict}."""
+
+    def __init__(self, path: Path) -> None:
+        """Unpickle the file's structure; zip files (torch ≥ 1.6) map their tensors lazily."""
+        try:
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+        except Exception as error:  # a hostile pickle can raise anything
+            raise CheckpointError(f"{path.name}: {error}") from error
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{path.name}: holds no dictionary")
+        arguments = loaded.get("model_args", loaded.get("config"))
+        if not isinstance(arguments, Mapping):
+            raise CheckpointError(f"{path.name}: no model_args (nor config) dictionary")
+        tensors = loaded.get("model")
+        if not isinstance(tensors, Mapping):
+            raise CheckpointError(f"{path.name}: no model state dictionary")
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise CheckpointError(f"{path.name}: model entry {str(name)[:80]!r} is no tensor")
+        self.config = nanogpt_config(arguments)
+        self._tensors: dict[str, Tensor] = dict(tensors)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        tensor = self._tensors[name]
+        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+            raise CheckpointError(f"{name}: {tensor.layout} {tensor.dtype} is not a float tensor")
+        return tensor
+
+
+_INDEX = "model.safetensors.index.json"
+
+
+def _weight_map(directory: Path) -> Mapping[str, str]:
+    """The shard index: tensor name → file name within the directory."""
+    weight_map = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{_INDEX}: no weight_map")
+    for tensor, file_name in weight_map.items():
+        plain = isinstance(file_name, str) and file_name == Path(file_name).name
+        if not plain or "\\" in file_name or not file_name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{_INDEX}: {tensor} is in {str(file_name)[:80]!r},"
+                " which is not a .safetensors file name"
+            )
+    return weight_map
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """Names of the safetensors files that make up the model."""
+    if (directory / _INDEX).exists():
+        return sorted(set(_weight_map(directory).values()))
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    if len(found) != 1:
+        problem = "no .safetensors file" if not found else "several .safetensors files, no index"
+        raise CheckpointError(f"{directory.name}: {problem}")
+    return found

@@ -1,0 +1,193 @@
+"""Logits → token ids, all rows of a step together; a row's result depends on that row alone.
+
+A distribution is shaped in this order: masked ids removed, temperature, top-k, top-p over what
+top-k left, min-p relative to the likeliest id. Each filter is a threshold on the logits, so ids
+that tie at the border stay together and no order among them is invented.
+
+Randomness is counter-based: the uniform number of a token is a hash of its request's seed and its
+position, and the token is where the cumulative distribution, in id order, passes it. Neither the
+other rows of the batch nor the device take part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanoinfer_engine.batch import BatchRow
+from nanoinfer_engine.request import Logprob, SampledToken
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy: dividing by them would leave float32."""
+
+# as many of the likeliest ids as top-p looks at before it sorts the whole vocabulary
+_TOP_P_CANDIDATES = 256
+_MASK64 = (1 << 64) - 1
+
+
+class SamplingError(Exception):
+    """A row whose logits or options allow no choice; it ends that row alone."""
+
+
+def sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken | Exception]:
+    """One token per row of `logits` [rows, vocabulary], or why that row has none.
+
+    `logits` is not modified. Rows are tried together first and, should anything fail, one by one.
+    """
+    try:
+        return list(_sample(logits.float().cpu(), rows))
+    except Exception as error:  # isolation: whatever one row provokes stays with that row
+        if len(rows) == 1:
+            return [error]
+        return [
+            sample(logits[index : index + 1], rows[index : index + 1])[0]
+            for index in range(len(rows))
+        ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that belongs to (seed, position): two rounds of SplitMix64."""
+    mixed = _splitmix64(_splitmix64(seed & _MASK64) ^ (position & _MASK64))
+    return (mixed >> 11) * 2.0**-53
+
+
+def _splitmix64(state: int) -> int:
+    """Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014)."""
+    state = (state + 0x9E3779B97F4A7C15) & _MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return state ^ (state >> 31)
+
+
+def _sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken]:
+    """[rows, vocabulary] float32 on the host → tokens; raises if any row fails."""
+    allowed = _masked(logits, rows)
+    best, greedy_ids = allowed.max(dim=-1)
+    # max propagates NaN; a row of -inf alone has nothing to choose
+    if not bool(torch.isfinite(best).all()):
+        raise SamplingError("logits are not finite, or every token id is masked")
+    token_ids: list[int] = greedy_ids.tolist()
+    drawn = [
+        index
+        for index, row in enumerate(rows)
+        if row.sampling.temperature >= GREEDY_BELOW and row.sampling.top_k != 1
+    ]
+    if drawn:
+        chosen = _draw(_select(allowed, drawn), [rows[index] for index in drawn])
+        for index, token_id in zip(drawn, chosen, strict=True):
+            token_ids[index] = token_id
+    return _with_logprobs(logits, rows, token_ids)
+
+
+def _select(values: Tensor, indices: list[int]) -> Tensor:
+    return values if len(indices) == len(values) else values[indices]
+
+
+def _masked(logits: Tensor, rows: Sequence[BatchRow]) -> Tensor:
+    """`logits`, or a copy in which the masked ids are -inf."""
+    vocab_size = logits.shape[-1]
+    pairs = [(index, id_) for index, row in enumerate(rows) for id_ in row.masked_token_ids]
+    if not pairs:
+        return logits
+    for _, token_id in pairs:
+        if not 0 <= token_id < vocab_size:
+            raise SamplingError(f"masked token id {token_id} is outside the vocabulary")
+    row_indices, token_ids = zip(*pairs, strict=True)
+    masked = logits.clone()
+    masked[list(row_indices), list(token_ids)] = -math.inf
+    return masked
+
+
+def _draw(logits: Tensor, rows: Sequence[BatchRow]) -> list[int]:
+    """Inverse-CDF draw from each row's filtered distribution."""
+    temperatures = torch.tensor([[row.sampling.temperature] for row in rows])
+    scaled = logits / temperatures
+    scaled -= scaled.amax(dim=-1, keepdim=True)
+    weights = scaled.exp()
+    threshold = _threshold(scaled, weights, rows)
+    if threshold is not None:
+        weights.masked_fill_(scaled < threshold, 0)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    totals = cumulative[:, -1:]
+    numbers = [[uniform(row.sampling.seed, row.context_length)] for row in rows]
+    targets = torch.tensor(numbers, dtype=torch.float64) * totals
+    # a product that rounds up to the total would fall behind the last id
+    targets = torch.minimum(targets, torch.nextafter(totals, torch.zeros_like(totals)))
+    token_ids: list[int] = torch.searchsorted(cumulative, targets, right=True)[:, 0].tolist()
+    return token_ids
+
+
+def _threshold(scaled: Tensor, weights: Tensor, rows: Sequence[BatchRow]) -> Tensor | None:
+    """[rows, 1]: ids whose scaled logit is below it are dropped; None if no row filters.
+
+    `scaled` has its maximum at 0, so `weights` = exp(scaled) is relative to the likeliest id.
+    `weights` is zeroed where top-k drops.
+    """
+    options = [row.sampling for row in rows]
+    bounds = [math.log(each.min_p) if each.min_p > 0 else -math.inf for each in options]
+    threshold = torch.tensor(bounds).unsqueeze(1)
+    by_top_k = [i for i, each in enumerate(options) if 0 < each.top_k < scaled.shape[-1]]
+    if by_top_k:
+        counts = torch.tensor([[options[index].top_k] for index in by_top_k])
+        likeliest = scaled[by_top_k].topk(int(counts.max())).values
+        kth = likeliest.gather(1, counts - 1)
+        weights[by_top_k] = weights[by_top_k].masked_fill(scaled[by_top_k] < kth, 0)
+        threshold[by_top_k] = torch.maximum(threshold[by_top_k], kth)
+    by_top_p = [index for index, each in enumerate(options) if each.top_p < 1]
+    if by_top_p:
+        shares = torch.tensor([[options[index].top_p] for index in by_top_p], dtype=torch.float64)
+        last = _top_p_threshold(scaled[by_top_p], weights[by_top_p], shares)
+        threshold[by_top_p] = torch.maximum(threshold[by_top_p], last)
+    return None if bool(torch.isinf(threshold).all()) else threshold
+
+
+def _top_p_threshold(scaled: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
+    """[rows, 1]: scaled logit of the last id in the smallest likeliest set that holds its share.
+
+    Looks at a few likeliest ids; rows that spread wider are sorted whole.
+    """
+    targets = shares * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    count = min(_TOP_P_CANDIDATES, scaled.shape[-1])
+    threshold, enough = _crossing(scaled, targets, count)
+    wide = (~enough).nonzero()[:, 0]
+    if len(wide):
+        threshold[wide], _ = _crossing(scaled[wide], targets[wide], scaled.shape[-1])
+    return threshold
+
+
+def _crossing(scaled: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Scaled logit at which the `count` likeliest ids reach `targets`, and whether they do."""
+    likeliest = scaled.topk(count).values
+    cumulative = likeliest.exp().cumsum(dim=-1, dtype=torch.float64)
+    before = (cumulative < targets).sum(dim=-1, keepdim=True)
+    return likeliest.gather(1, before.clamp(max=count - 1)), before[:, 0] < count
+
+
+def _with_logprobs(
+    logits: Tensor, rows: Sequence[BatchRow], token_ids: Sequence[int]
+) -> list[SampledToken]:
+    """Attach log-probabilities from the raw distribution to the rows that ask for them."""
+    tokens = [SampledToken(token_id) for token_id in token_ids]
+    asking = [index for index, row in enumerate(rows) if row.sampling.num_logprobs is not None]
+    if not asking:
+        return tokens
+    logprobs = torch.log_softmax(_select(logits, asking), dim=-1)
+    for index, values in zip(asking, logprobs, strict=True):
+        count = min(rows[index].sampling.num_logprobs or 0, len(values))
+        tokens[index] = _describe(token_ids[index], values, count)
+    return tokens
+
+
+def _describe(token_id: int, logprobs: Tensor, count: int) -> SampledToken:
+    """The token with its own log-probability and the `count` likeliest."""
+    own = logprobs[token_id]
+    rank = int((logprobs > own).sum()) + 1
+    likeliest = logprobs.topk(count, sorted=True)
+    pairs = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+    values = [value for _, value in pairs]
+    # ids that tie share the better rank, as the sampled token's own rank does
+    top = tuple(Logprob(each, value, values.index(value) + 1) for each, value in pairs)
+    return SampledToken(token_id, Logprob(token_id, float(own), rank), top)

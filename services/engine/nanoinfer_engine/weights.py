@@ -1,0 +1,165 @@
+"""Checkpoint → model, tensor by tensor, every name and shape accounted for beforehand.
+
+The fingerprint tells two sets of weights apart at the cost of reading what is loaded anyway: the
+SHA-256 over all used tensors, in name order, of (name, dtype, shape, SHA-256 of three 4 KiB samples
+of the stored bytes: start, middle, end). It does not depend on how the tensors are sharded. It is
+no proof against tampering: bytes outside the samples may differ unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoinfer_engine.checkpoints import Checkpoint
+from nanoinfer_engine.config import CheckpointError
+from nanoinfer_engine.models import LanguageModel
+from nanoinfer_engine.models.layout import CheckpointLayout
+
+Progress = Callable[[int, int], None]
+"""Called after each tensor with the number of parameters loaded and their total."""
+
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One checkpoint tensor and the rows [first, first + rows) of the parameter that it fills."""
+
+    stored_name: str
+    parameter: str
+    first: int
+    shape: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return torch.Size(self.shape).numel()
+
+
+def load_weights(
+    model: LanguageModel,
+    checkpoint: Checkpoint,
+    layout: CheckpointLayout,
+    device: torch.device,
+    progress: Progress,
+) -> str:
+    """Fill `model` (on the meta device) from `checkpoint`; returns the fingerprint in hex.
+
+    Memory is allocated only once all names and shapes fit. Values are converted to the parameters'
+    dtype. Raises CheckpointError naming the missing, unexpected or misshapen tensor.
+    """
+    placements = plan_placements(model, checkpoint, layout)
+    model.requires_grad_(requires_grad=False)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    total, loaded = sum(placement.numel for placement in placements), 0
+    samples: dict[str, str] = {}
+    for placement in placements:
+        stored = checkpoint.read(placement.stored_name)
+        tensor = stored.t() if placement.transposed else stored
+        target = parameters[placement.parameter]
+        target[placement.first : placement.first + placement.shape[0]].copy_(tensor)
+        samples[_plain_name(placement.stored_name, layout.prefix)] = _digest(stored)
+        loaded += placement.numel
+        progress(loaded, total)
+    _check_tied(checkpoint, layout, parameters)
+    lines = (f"{name} {digest}\n" for name, digest in sorted(samples.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def plan_placements(
+    model: LanguageModel, checkpoint: Checkpoint, layout: CheckpointLayout
+) -> list[Placement]:
+    """Where each tensor goes; CheckpointError unless names and shapes match one to one."""
+    stored = _stored_names(checkpoint, layout)
+    filled = dict.fromkeys((name for name, _ in model.named_parameters()), 0)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    placements = []
+    for source in layout.sources:
+        for kind in ("weight", "bias"):
+            parameter = f"{source.ours}.{kind}"
+            if parameter not in filled:
+                continue
+            name = f"{source.theirs}.{kind}"
+            if name not in stored:
+                raise CheckpointError(f"{name}: missing from the checkpoint")
+            rows = source.rows or shapes[parameter][0]
+            placement = Placement(
+                stored_name=stored.pop(name),
+                parameter=parameter,
+                first=filled[parameter],
+                shape=(rows, *shapes[parameter][1:]),
+                transposed=source.transposed and kind == "weight",
+            )
+            _check_shape(checkpoint, placement)
+            filled[parameter] += rows
+            placements.append(placement)
+    if layout.tied:
+        stored.pop(layout.tied[0], None)
+    if stored:
+        raise CheckpointError(f"{min(stored.values())}: not a tensor of this architecture")
+    return placements
+
+
+def _stored_names(checkpoint: Checkpoint, layout: CheckpointLayout) -> dict[str, str]:
+    """Name without prefixes → name in the checkpoint; what holds no weights is left out."""
+    stored: dict[str, str] = {}
+    for name in checkpoint.shapes:
+        plain = _plain_name(name, layout.prefix)
+        if plain in stored:
+            raise CheckpointError(f"{name}: stored twice, also as {stored[plain]}")
+        if not layout.ignored.fullmatch(plain):
+            stored[plain] = name
+    return stored
+
+
+def _plain_name(name: str, prefix: str) -> str:
+    """Drop what torch.compile and the model class put in front."""
+    return name.removeprefix("_orig_mod.").removeprefix(prefix)
+
+
+def _check_shape(checkpoint: Checkpoint, placement: Placement) -> None:
+    shape = checkpoint.shapes[placement.stored_name]
+    if shape != placement.stored_shape:
+        raise CheckpointError(
+            f"{placement.stored_name}: shape {list(shape)},"
+            f" but the configuration wants {list(placement.stored_shape)}"
+        )
+
+
+def _check_tied(
+    checkpoint: Checkpoint, layout: CheckpointLayout, parameters: dict[str, torch.nn.Parameter]
+) -> None:
+    """A tied tensor that is stored again must say the same."""
+    if layout.tied is None:
+        return
+    plain_name, parameter = layout.tied
+    for name in checkpoint.shapes:
+        if _plain_name(name, layout.prefix) == plain_name:
+            target = parameters[parameter]
+            stored = checkpoint.read(name)
+            if stored.shape != target.shape or not torch.equal(stored.to(target), target):
+                raise CheckpointError(f"{name}: differs from the embedding that it is tied to")
+
+
+def _digest(tensor: Tensor) -> str:
+    """dtype, shape and a hash of three samples of the tensor's bytes."""
+    flat = tensor.reshape(-1)
+    count = SAMPLE_BYTES // tensor.element_size()
+    middle = max((flat.numel() - count) // 2, 0)
+    starts = (0, middle, max(flat.numel() - count, 0))
+    sha = hashlib.sha256()
+    for start in starts:
+        sha.update(flat[start : start + count].view(torch.uint8).numpy().tobytes())
+    return f"{tensor.dtype} {tuple(tensor.shape)} {sha.hexdigest()}"

@@ -1,0 +1,101 @@
+"""A hand loop over ModelRunner: no scheduler, blocks dealt out once, shuffled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from nanoinfer_engine.attention import make_backend
+from nanoinfer_engine.batch import Batch, BatchRow
+from nanoinfer_engine.checkpoints import open_checkpoint
+from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.inputs import build_inputs
+from nanoinfer_engine.kv_cache import KVCache
+from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.request import SampledToken, SamplingOptions
+from nanoinfer_engine.runner import ModelRunner, report_nothing
+from nanoinfer_engine.weights import load_weights
+
+GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+
+
+def make_runner(path: Path, **overrides: object) -> ModelRunner:
+    settings = {"block_size": 8, "kv_cache_bytes": 4 << 20, "max_batch_tokens": 64}
+    return ModelRunner(EngineConfig(model_path=path, **(settings | overrides)))  # type: ignore[arg-type]
+
+
+class AllLogits:
+    """The model of a checkpoint with every token's logits exposed, as the runner computes them."""
+
+    def __init__(self, path: Path, block_size: int = 8, num_blocks: int = 128) -> None:
+        device = torch.device("cpu")
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config
+        self.model = build_model(config, config.max_position_embeddings, torch.float32, device)
+        load_weights(self.model, checkpoint, checkpoint_layout(config), device, report_nothing)
+        cache = KVCache(config, num_blocks, block_size, torch.float32, device)
+        self.backend = make_backend("reference", cache, config.sliding_windows)
+        self.block_size, self.num_blocks = block_size, num_blocks
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[BatchRow]) -> list[torch.Tensor]:
+        """Logits [tokens, vocabulary] per row."""
+        inputs = build_inputs(Batch(tuple(rows)), self.block_size, torch.device("cpu"))
+        plan = self.backend.plan(inputs.attention)
+        hidden = self.model(inputs.token_ids, inputs.positions, self.backend, plan)
+        return list(self.model.logits(hidden).split([row.num_tokens for row in rows]))
+
+
+@dataclass
+class Job:
+    """One prompt on its way through the hand loop; `chunk` is its prefill chunk size."""
+
+    prompt: list[int]
+    num_tokens: int
+    chunk: int = 1000
+    sampling: SamplingOptions = GREEDY
+    starts_at: int = 0
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    output: list[SampledToken] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + [token.token_id for token in self.output]
+
+    def row(self, block_size: int) -> BatchRow:
+        stop = min(self.computed + self.chunk, len(self.tokens))
+        return BatchRow(
+            tuple(self.tokens[self.computed : stop]),
+            self.computed,
+            tuple(self.blocks[: -(-stop // block_size)]),
+            samples=stop == len(self.tokens),
+            sampling=self.sampling,
+        )
+
+
+def run(runner: ModelRunner, jobs: Sequence[Job], seed: int = 0) -> None:
+    """Run all jobs to their end in shared batches."""
+    deal = list(range(runner.num_blocks))
+    random.Random(seed).shuffle(deal)
+    for job in jobs:
+        needed = -(-(len(job.prompt) + job.num_tokens) // runner.block_size)
+        job.blocks = [deal.pop() for _ in range(needed)]
+    step = 0
+    while any(len(job.output) < job.num_tokens for job in jobs):
+        live = [j for j in jobs if j.starts_at <= step and len(j.output) < j.num_tokens]
+        step += 1
+        if not live:
+            continue
+        rows = [job.row(runner.block_size) for job in live]
+        results = runner.execute(Batch(tuple(rows)))
+        for job, row, result in zip(live, rows, results, strict=True):
+            job.computed = row.context_length
+            if row.samples:
+                assert isinstance(result, SampledToken), result
+                job.output.append(result)
+            else:
+                assert result is None
