@@ -1,12 +1,13 @@
 """What runs in one step: the immutable value that goes down from scheduler to runner.
 
 Plain data, no torch. `Batch` goes down, one `SampledToken` (or an exception) per sampling row comes
-up. Nobody fills in another's fields.
+up. Nobody fills in another's fields. `Runner` is all that the engine knows of who runs it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 
@@ -52,3 +53,17 @@ class Batch:
 
 RowResult = SampledToken | Exception | None
 """What `execute` returns per row: a token, why this row alone failed, or None (row not sampled)."""
+
+
+class Runner(Protocol):
+    """What the engine needs of a model runner; `ModelRunner` is one, tests bring others."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    def execute(self, batch: Batch) -> list[RowResult]:
+        """Run one step; what it raises concerns the whole batch."""
+
+    def warm_up(self) -> float:
+        """Run made-up steps before serving; returns the seconds they took."""

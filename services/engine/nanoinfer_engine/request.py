@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+MAX_EVENTS = 16
+
 
 class FinishReason(enum.Enum):
     """Why a request ended. Only STOP and LENGTH reach the wire; the rest are RPC statuses."""
@@ -76,14 +78,40 @@ class SampledToken:
     top: tuple[Logprob, ...] = ()
 
 
+@dataclass(frozen=True)
+class Phases:
+    """Nanoseconds spent in each phase; `queue + prefill + decode` is `total`."""
+
+    queue: int
+    prefill: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        """From arrival to the end."""
+        return self.queue + self.prefill + self.decode
+
+
 @dataclass
 class RequestTimes:
-    """Monotonic nanoseconds at which the request passed each gate; None until it has."""
+    """Monotonic nanoseconds at which the request passed each gate; None until it has.
+
+    `token_gap` is the time between the last two tokens, for the inter-token histogram.
+    """
 
     arrived: int
     scheduled: int | None = None
     first_token: int | None = None
+    last_token: int | None = None
+    token_gap: int | None = None
     finished: int | None = None
+
+    def phases(self) -> Phases:
+        """The phases of a request that has ended; one it never reached took no time."""
+        end = self.arrived if self.finished is None else self.finished
+        scheduled = end if self.scheduled is None else self.scheduled
+        first_token = end if self.first_token is None else self.first_token
+        return Phases(scheduled - self.arrived, first_token - scheduled, end - first_token)
 
 
 @dataclass(eq=False)
@@ -91,7 +119,8 @@ class Request:
     """One completion on its way through the engine.
 
     `num_computed_tokens` counts the tokens (prompt, then completion) whose K and V are in
-    `block_ids`; preemption sets it back to 0. `deadline` is in monotonic nanoseconds.
+    `block_ids`; preemption sets it back to 0. `deadline` is in monotonic nanoseconds. `events` are
+    names (preempted, resumed) with monotonic nanoseconds, the first MAX_EVENTS of them.
     Invariant: 0 <= num_computed_tokens <= num_tokens.
     """
 
@@ -105,6 +134,7 @@ class Request:
     tenant: str = ""
     deadline: int | None = None
     # owned by the scheduler
+    arrival_number: int = 0
     completion_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -114,11 +144,22 @@ class Request:
     max_batch_size: int = 0
     num_steps: int = 0
     max_blocks: int = 0
+    events: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and completion tokens known so far."""
         return len(self.prompt_token_ids) + len(self.completion_token_ids)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Known tokens that are not computed yet; 1 while decoding."""
+        return self.num_tokens - self.num_computed_tokens
+
+    def add_event(self, name: str, time: int) -> None:
+        """Remember an event for the trace; beyond MAX_EVENTS it is dropped (the counts remain)."""
+        if len(self.events) < MAX_EVENTS:
+            self.events.append((name, time))
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids of positions [start, stop) over prompt and completion."""
@@ -135,10 +176,12 @@ class RequestOutput:
     """What one step gave one request; immutable, crosses from the engine thread to the event loop.
 
     `tokens` holds what the client may see (a stop id only where asked for). `finish_reason` is set
-    on the last output; then `stop_token_id` says which id ended it, if one did.
+    on the last output; then `stop_token_id` says which id ended it, if one did, and `error` why it
+    failed, where the reason is ERROR.
     """
 
     request: Request
     tokens: tuple[SampledToken, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    error: Exception | None = None
