@@ -1,0 +1,1 @@
+"""The recipe behind the shipped guide model: facts, paraphrases, tokenizer, network, judge."""
