@@ -79,7 +79,7 @@ def start_service(
             if process.poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"{module} did not listen:\n{log.read_text()[-4000:]}")
             time.sleep(0.05)
-        port = port_file.read_text().split()[0].rpartition(":")[2]
+        port = port_file.read_text().split()[-1].rpartition(":")[2]
         service = Service(process, f"127.0.0.1:{port}", log)
         if ready:
             await_ready(service)

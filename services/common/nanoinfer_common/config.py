@@ -104,13 +104,14 @@ class ServiceSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Reads keyword arguments, then the environment; nothing else."""
-        return init_settings, _Environment(settings_cls)
+        return init_settings, Environment(settings_cls)
 
 
-class _Environment(EnvSettingsSource):
+class Environment(EnvSettingsSource):
     """Reads lists as `a,b` besides JSON."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Turns a variable's text into the field's raw value."""
         if isinstance(value, str) and _is_list(field) and not value.lstrip().startswith("["):
             return _split(value)
         return super().decode_complex_value(field_name, field, value)
@@ -130,7 +131,7 @@ def parse_settings(cls: type[Settings], argv: Sequence[str], program: str) -> Se
     dry_run = arguments.pop("dry_run", False)
     try:
         file_values = _read_file(cls, Path(config)) if config else {}
-        environment = _Environment(cls)()
+        environment = Environment(cls)()
         settings = cls(**{**file_values, **environment, **arguments})
     except ValidationError as error:
         _refuse(parser, error, arguments, file_values, str(config))

@@ -51,6 +51,10 @@ class ServiceError(Exception):
         return f"ServiceError({self.code.name}, {self.reason}, {self.message!r})"
 
 
+class StartError(Exception):
+    """The service cannot start; the message tells the operator why, without a traceback."""
+
+
 def invalid(reason: str, message: str, *violations: Violation) -> ServiceError:
     """Returns INVALID_ARGUMENT: the request is wrong, whoever serves it."""
     return ServiceError(

@@ -1,0 +1,263 @@
+"""Around every RPC: span, request id, deadline, refusal while loading or draining, error mapping.
+
+A handler answers by returning, or fails by raising: `ServiceError` becomes its rich status, and
+anything else, BaseException included, an opaque INTERNAL whose details go to the log. Health and
+reflection pass untouched. `Watch…` RPCs stream a state and have no end of their own: they make no
+spans, get no deadline from the server, and a drain does not wait for them.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Final, Self, TypeAlias, cast
+
+import grpc
+import structlog
+from nanoinfer.v1 import generation_pb2 as pb
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+
+from nanoinfer_common import errors, names, telemetry, validation
+from nanoinfer_common.client_interceptors import client_interceptors
+from nanoinfer_common.config import ServiceSettings
+from nanoinfer_common.errors import ServiceError
+from nanoinfer_common.spans import (
+    end_server_span,
+    has_span,
+    is_watch,
+    record_unknown_method,
+    start_server_span,
+)
+from nanoinfer_common.status import ServiceStatus
+
+__all__ = ["RpcInterceptor", "client_interceptors", "server_interceptors"]
+
+# grpc-stubs types handlers and interceptors only in part, and says so.
+Handler: TypeAlias = Any
+Context: TypeAlias = Any
+
+# A client's own deadline reaches the server as a cancel; one this close to it was the deadline.
+DEADLINE_SLACK_SECONDS: Final = 0.05
+REFUSAL_RETRY_SECONDS: Final = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+def server_interceptors(
+    domain: str, settings: ServiceSettings, status: ServiceStatus | None = None
+) -> list["RpcInterceptor"]:
+    """Returns the interceptors of a server whose errors carry `domain`.
+
+    With a `status`, requests are refused with UNAVAILABLE while it is LOADING or DRAINING.
+    """
+    return [RpcInterceptor(domain, settings, status)]
+
+
+class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps the handlers and knows the calls that are running."""
+
+    def __init__(
+        self, domain: str, settings: ServiceSettings, status: ServiceStatus | None = None
+    ) -> None:
+        self.domain = domain
+        self.settings = settings
+        self.status = status
+        self.running: set[RunningCall] = set()
+        self._wrapped: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
+    ) -> Handler:
+        """Finds the handler and wraps it once per method."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method.removeprefix("/")
+        if method.startswith("grpc."):
+            return handler
+        if handler is None:
+            record_unknown_method(method)
+            return None
+        if method not in self._wrapped:
+            self._wrapped[method] = self._wrap(method, handler)
+        return self._wrapped[method]
+
+    def num_requests(self) -> int:
+        """Number of calls running, those that have no end of their own left out."""
+        return sum(not is_watch(call.method) for call in self.running)
+
+    def interrupt_all(self, error: ServiceError) -> None:
+        """Ends every running call with `error`."""
+        for call in self.running:
+            call.interrupt(error)
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        request_kind = "stream" if handler.request_streaming else "unary"
+        response_kind = "stream" if handler.response_streaming else "unary"
+        kind = f"{request_kind}_{response_kind}"
+        behavior = getattr(handler, kind)
+
+        async def respond(request: Any, context: Context) -> Any:
+            async with RunningCall(self, method, context) as call:
+                call.admit()
+                return await behavior(request, context)
+
+        async def stream(request: Any, context: Context) -> None:
+            # Messages are written here rather than yielded, so that a cancel during a write
+            # lands in this frame and closes the handler's generator at once.
+            async with RunningCall(self, method, context) as call:
+                call.admit()
+                result = behavior(request, context)
+                if not inspect.isasyncgen(result):
+                    await result
+                    return
+                async with contextlib.aclosing(result) as messages:
+                    async for message in messages:
+                        await context.write(message)
+
+        build = getattr(grpc, f"{kind}_rpc_method_handler")
+        return build(
+            stream if handler.response_streaming else respond,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+class RunningCall:
+    """One RPC from its first to its last moment, as an async context manager."""
+
+    def __init__(self, interceptor: RpcInterceptor, method: str, context: Context) -> None:
+        self.method = method
+        self._interceptor = interceptor
+        self._context = context
+        self._started = time.perf_counter()
+        self._task = asyncio.current_task()
+        self._interruption: ServiceError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._span: trace.Span = trace.INVALID_SPAN
+
+    def admit(self) -> None:
+        """Refuses the call while the service is loading or draining, and starts its deadline."""
+        state = self._interceptor.status and self._interceptor.status.state
+        if not self.method.endswith("/GetServerInfo"):
+            if state == pb.SERVER_STATE_LOADING:
+                raise errors.unavailable(names.LOADING, "loading", REFUSAL_RETRY_SECONDS)
+            if state == pb.SERVER_STATE_DRAINING:
+                raise errors.unavailable(
+                    names.SHUTTING_DOWN, "shutting down", REFUSAL_RETRY_SECONDS
+                )
+        settings = self._interceptor.settings
+        given = self._context.time_remaining()
+        limit = settings.default_deadline_seconds if given is None else given
+        limit = min(limit, settings.max_deadline_seconds)
+        if limit != given and not is_watch(self.method):
+            error = ServiceError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                names.DEADLINE_EXCEEDED,
+                f"the server's deadline of {limit:g} s has passed",
+            )
+            self._timer = asyncio.get_running_loop().call_later(limit, self.interrupt, error)
+
+    def interrupt(self, error: ServiceError) -> None:
+        """Cancels the handler and answers with `error`."""
+        if self._interruption is None and self._task is not None:
+            self._interruption = error
+            self._task.cancel()
+
+    async def __aenter__(self) -> Self:
+        metadata = list(self._context.invocation_metadata() or ())
+        self._interceptor.running.add(self)
+        if has_span(self.method):
+            self._span = start_server_span(
+                self.method, metadata, self._context.peer(), self._interceptor.settings
+            )
+        # The task is this call's own, so nothing has to be detached or reset at its end.
+        otel_context.attach(trace.set_span_in_context(self._span))
+        given = [value for key, value in metadata if key == names.REQUEST_ID]
+        usable = len(given) == 1 and validation.is_label(given[0], 128)
+        telemetry.enter_rpc(self._span, given[0] if usable else str(uuid.uuid4()))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if raised is None:
+            code = _as_code(self._context.code())
+            self._context.set_trailing_metadata((*self._context.trailing_metadata(), *self._ids()))
+            self._finish(code)
+            return False
+        error = self._as_error(raised)
+        if error is None:
+            return False
+        status = errors.to_status(error, self._interceptor.domain, telemetry.request_id())
+        trailing = [*self._ids(), (names.STATUS_DETAILS, status.SerializeToString())]
+        if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after is not None:
+            trailing.append((names.RETRY_PUSHBACK, str(int(error.retry_after * 1000))))
+        self._finish(error.code, error.reason)
+        await self._context.abort(error.code, status.message, tuple(trailing))
+        return False
+
+    def _as_error(self, raised: BaseException) -> ServiceError | None:
+        """Returns what to answer; None where the answer is given or nobody waits for one."""
+        if isinstance(raised, grpc.aio.AbortError):
+            self._finish(_as_code(self._context.code()))
+            return None
+        if isinstance(raised, GeneratorExit | KeyboardInterrupt | SystemExit):
+            self._finish(grpc.StatusCode.CANCELLED)
+            return None
+        if self._interruption is not None:
+            if self._task is not None:
+                self._task.uncancel()
+            return self._interruption
+        if self._ended_by_client(raised):
+            remaining = self._context.time_remaining()
+            late = remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            self._finish(code)
+            return None
+        if isinstance(raised, ServiceError):
+            return raised
+        log.error("unexpected", method=self.method, exc_info=raised)
+        self._span.record_exception(raised)
+        return errors.internal()
+
+    def _ended_by_client(self, raised: BaseException) -> bool:
+        # Writing to a client that is gone fails with gRPC's InternalError. A CancelledError without
+        # a cancel of this task came from something that the handler awaited: a bug, to be answered.
+        cancelled = self._task is not None and self._task.cancelling() > 0
+        return isinstance(raised, grpc.aio.InternalError) or (
+            cancelled and isinstance(raised, asyncio.CancelledError)
+        )
+
+    def _ids(self) -> tuple[tuple[str, str], ...]:
+        context = self._span.get_span_context()
+        ids: tuple[tuple[str, str], ...] = ((names.REQUEST_ID, telemetry.request_id()),)
+        if context.is_valid:
+            ids += ((names.TRACE_ID, trace.format_trace_id(context.trace_id)),)
+        return ids
+
+    def _finish(self, code: grpc.StatusCode, reason: str = "") -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._interceptor.running.discard(self)
+        end_server_span(self._span, code, reason)
+        log.info(
+            "rpc",
+            method=self.method,
+            code=code.name,
+            duration_seconds=round(time.perf_counter() - self._started, 6),
+            **({"reason": reason} if reason else {}),
+        )
+
+
+def _as_code(code: object) -> grpc.StatusCode:
+    # aio gives None until a code is set, and the bare number where one was set as a number.
+    known = {status.value[0]: status for status in grpc.StatusCode}
+    if isinstance(code, int):
+        return known.get(code, grpc.StatusCode.UNKNOWN)
+    return cast(grpc.StatusCode, code) if code else grpc.StatusCode.OK

@@ -1,0 +1,279 @@
+"""The one way to be a service: listen, load, serve, drain, stop.
+
+`serve` is a process's main function; `running` is the same server inside another program. The port
+opens before the service loads, so that health answers from the first moment. A drain flips health,
+waits for endpoints to notice, lets admitted work finish, then ends the rest with UNAVAILABLE.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol, cast
+
+import grpc
+import structlog
+import uvloop
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common.config import ServiceSettings
+from nanoinfer_common.errors import StartError
+from nanoinfer_common.interceptors import REFUSAL_RETRY_SECONDS, RpcInterceptor
+from nanoinfer_common.logs import configure_logging
+from nanoinfer_common.metrics import MetricsServer
+from nanoinfer_common.status import ServiceStatus
+
+__all__ = ["RunningServer", "Service", "ServiceStatus", "StartError", "running", "serve"]
+
+MAX_CONCURRENT_STREAMS: Final = 1000
+# Clients ping every 60 s; twice as often is still no reason to send them away.
+MIN_PING_INTERVAL_MILLISECONDS: Final = 30_000
+CONNECTION_AGE_GRACE_SECONDS: Final = 3600
+# What is left after a drain gets this long to take its status home.
+ABORT_SECONDS: Final = 1.0
+CLOSE_SECONDS: Final = 3.0
+POLL_SECONDS: Final = 0.02
+
+log = structlog.get_logger(__name__)
+
+
+class Service(Protocol):
+    """What a service brings; everything else is the server's."""
+
+    name: str  # `nanoinfer-engine`: in logs, traces and as the errors' domain
+    full_name: str  # `nanoinfer.v1.EngineService`: in health and reflection
+    registry: CollectorRegistry
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the handlers."""
+
+    async def start(self) -> None:
+        """Gets ready; the server reports SERVING once it returns. Cancelled by a shutdown.
+
+        StartError: it cannot, and the message alone tells why.
+        """
+
+    async def drain(self, seconds: float) -> None:
+        """Finishes admitted work, at most this long; new requests are already refused."""
+
+    async def stop(self) -> None:
+        """Gives everything back within 2 s. Called once, also after a start that failed."""
+
+
+ServiceFactory = Callable[[ServiceStatus], Service]
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that is listening."""
+
+    address: str
+    port: int
+    metrics_port: int | None
+    status: ServiceStatus
+
+
+def serve(service_factory: ServiceFactory, settings: ServiceSettings) -> int:
+    """Runs the service until SIGTERM or SIGINT, drains, and returns the exit code.
+
+    0 after a drain, 1 after a failure. A second signal ends the process at once. Must be called
+    from the main thread, last thing in the process.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_main(service_factory, settings))
+
+
+@contextlib.asynccontextmanager
+async def running(
+    service_factory: ServiceFactory, settings: ServiceSettings
+) -> AsyncIterator[RunningServer]:
+    """Runs the service in this event loop, ready on entry and drained on exit.
+
+    Logging, tracing and signals stay the caller's. StartError where the port is taken.
+    """
+    server = _Server(service_factory, settings)
+    try:
+        handle = await server.listen()
+        await server.start()
+        yield handle
+        await server.drain()
+    finally:
+        await server.close()
+
+
+async def _main(service_factory: ServiceFactory, settings: ServiceSettings) -> int:
+    configure_logging("nanoinfer", settings.log_level, settings.log_format)
+    signals = _Signals()
+    try:
+        server = _Server(service_factory, settings)
+        configure_logging(server.service.name, settings.log_level, settings.log_format)
+        flush = telemetry.configure_tracing(server.service.name)
+    except StartError as error:
+        log.error("cannot start", error=str(error))
+        return 1
+    await _run(server, signals)
+    closing = asyncio.ensure_future(server.close())
+    await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+    code = 0 if server.status.failure is None else 1
+    interrupted = signals.second.is_set() or not server.loaded or not closing.done()
+    if not signals.second.is_set():
+        await asyncio.to_thread(flush)
+    log.info("stopped", exit_code=code)
+    if interrupted:
+        # A thread in the middle of loading cannot be interrupted and would hold the exit up.
+        os._exit(code)
+    return code
+
+
+async def _run(server: "_Server", signals: "_Signals") -> None:
+    failed = server.status.failed
+    try:
+        await server.listen()
+        await _first(server.start(), signals.first.wait(), failed.wait())
+        await _first(signals.first.wait(), failed.wait())
+        if server.loaded and server.status.failure is None:
+            await _first(server.drain(), signals.second.wait())
+    except Exception as error:
+        server.status.fail(error)
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first asks for a drain, the second for the end."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._arrived)
+
+    def _arrived(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+class _Server:
+    def __init__(self, service_factory: ServiceFactory, settings: ServiceSettings) -> None:
+        self.status = ServiceStatus()
+        self.service = service_factory(self.status)
+        self.loaded = False
+        self._settings = settings
+        self._calls = RpcInterceptor(self.service.name, settings, self.status)
+        self._metrics: MetricsServer | None = None
+        self._grpc = grpc.aio.server(interceptors=[self._calls], options=_options(settings))
+
+    async def listen(self) -> RunningServer:
+        """Opens the ports; health answers from here on. StartError where that fails."""
+        settings, service = self._settings, self.service
+        # The stubs type the synchronous servicer alone.
+        servicer = cast(Any, health).aio.HealthServicer()
+        await self.status.bind(service.name, service.full_name, servicer)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._grpc)
+        service.add_to(self._grpc)
+        if settings.reflection:
+            served = (service.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(served, self._grpc)
+        wanted = _join(settings.host, settings.port)
+        try:
+            port = self._grpc.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise StartError(f"cannot listen on {wanted}: is the port in use?") from error
+        self._open_metrics()
+        await self._grpc.start()
+        address = _join(settings.host, port)
+        metrics_port = self._metrics.port if self._metrics else None
+        log.info(f"listening on {address}", metrics_port=metrics_port)
+        if settings.port_file is not None:
+            _write_port_file(settings.port_file, address)
+        return RunningServer(address, port, metrics_port, self.status)
+
+    async def start(self) -> None:
+        """Gets the service ready and reports it."""
+        await self.service.start()
+        self.loaded = True
+        self.status.set_serving()
+        await self.status.publish()
+
+    async def drain(self) -> None:
+        """Refuses new work and finishes what was admitted, as far as the time reaches."""
+        settings = self._settings
+        self.status.set_draining()
+        await self.status.publish()
+        await asyncio.sleep(settings.drain_delay_seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.drain_seconds):
+                await self.service.drain(settings.drain_seconds)
+                while self._calls.num_requests():
+                    await asyncio.sleep(POLL_SECONDS)
+
+    async def close(self) -> None:
+        """Ends what is left with UNAVAILABLE and closes everything."""
+        self.status.set_draining()
+        error = errors.unavailable(names.SHUTTING_DOWN, "shutting down", REFUSAL_RETRY_SECONDS)
+        self._calls.interrupt_all(error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_SECONDS):
+                while self._calls.running:
+                    await asyncio.sleep(POLL_SECONDS)
+        await self._grpc.stop(0)
+        await self.service.stop()
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.stop)
+
+    def _open_metrics(self) -> None:
+        port, host = self._settings.metrics_port, self._settings.host
+        if port is None:
+            return
+        self.service.registry.register(telemetry.DROPPED_SPANS)
+        try:
+            self._metrics = MetricsServer(self.service.registry, host, port)
+        except OSError as error:
+            message = f"cannot serve metrics on {_join(host, port)}: {error}"
+            raise StartError(message) from error
+
+
+def _write_port_file(path: Path, address: str) -> None:
+    # Renamed into place, so that a reader never sees half a line.
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(f"listening on {address}\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise StartError(f"cannot write {path}: {error}") from error
+
+
+def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),
+        # Without this a second process would share the port and take half the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+    if settings.max_connection_age_seconds is not None:
+        age = int(settings.max_connection_age_seconds * 1000)
+        options.append(("grpc.max_connection_age_ms", age))
+        options.append(("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_SECONDS * 1000))
+    return options
+
+
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Runs all until one is done and cancels the others. An error of those done is raised."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    if pending:
+        await asyncio.wait(pending, timeout=ABORT_SECONDS)
+    for task in done:
+        task.result()
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,117 @@
+"""RPC spans by OpenTelemetry's RPC conventions, and whom to trust for their parent."""
+
+from collections.abc import Iterable
+from typing import Any, Final
+from urllib.parse import unquote
+
+import grpc
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from nanoinfer_common import names, telemetry
+from nanoinfer_common.config import ServiceSettings
+
+MAX_TRACESTATE_CHARS: Final = 1024
+# Codes that are the server's fault; the others leave a server span's status unset.
+SERVER_FAULTS: Final = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+_PROPAGATOR: Final = TraceContextTextMapPropagator()
+
+
+def is_watch(method: str) -> bool:
+    """Says whether `method` streams a state without an end of its own, such as `WatchLoad`."""
+    return method.rpartition("/")[2].startswith("Watch")
+
+
+def has_span(method: str) -> bool:
+    """Says whether calls of `method` (`nanoinfer.v1.EngineService/Generate`) are traced."""
+    return not method.startswith("grpc.") and not is_watch(method)
+
+
+def incoming_trace(metadata: Iterable[tuple[str, Any]]) -> trace.SpanContext | None:
+    """Reads a caller's W3C trace context; None where there is none or it is garbage."""
+    given = list(metadata)
+    parents = [value for key, value in given if key == names.TRACEPARENT]
+    states = [value for key, value in given if key == names.TRACESTATE]
+    if len(parents) != 1 or sum(len(state) for state in states) > MAX_TRACESTATE_CHARS:
+        return None
+    carrier = {names.TRACEPARENT: parents[0], names.TRACESTATE: ",".join(states)}
+    context = _PROPAGATOR.extract(carrier, otel_context.Context())
+    span_context = trace.get_current_span(context).get_span_context()
+    return span_context if span_context.is_valid else None
+
+
+def start_server_span(
+    method: str, metadata: Iterable[tuple[str, Any]], peer: str, settings: ServiceSettings
+) -> trace.Span:
+    """Starts the span of an RPC that arrived from `peer` (gRPC's form, `ipv4:127.0.0.1:5000`).
+
+    The caller's trace is continued where the settings trust it; otherwise it becomes a link.
+    """
+    incoming = incoming_trace(metadata)
+    parent = otel_context.Context()
+    links = []
+    if incoming is not None and settings.trust_incoming_trace:
+        parent = trace.set_span_in_context(trace.NonRecordingSpan(incoming), parent)
+    elif incoming is not None:
+        links = [trace.Link(incoming)]
+    attributes: dict[str, str | int] = {
+        names.RPC_SYSTEM_NAME: "grpc",
+        names.RPC_METHOD: method,
+        names.SERVER_ADDRESS: settings.host,
+        **_peer(peer),
+    }
+    if settings.port:
+        attributes[names.SERVER_PORT] = settings.port
+    return telemetry.tracer().start_span(method, parent, trace.SpanKind.SERVER, attributes, links)
+
+
+def end_server_span(span: trace.Span, code: grpc.StatusCode, reason: str = "") -> None:
+    """Ends a server span; its status is ERROR only where the server is at fault."""
+    if reason:
+        span.set_attribute(names.ERROR_REASON, reason)
+    _end(span, code, code in SERVER_FAULTS)
+
+
+def end_client_span(span: trace.Span, code: grpc.StatusCode) -> None:
+    """Ends a client span; its status is ERROR for everything but OK."""
+    _end(span, code, code is not grpc.StatusCode.OK)
+
+
+def record_unknown_method(method: str) -> None:
+    """Records a call of a method that does not exist, without letting callers invent names."""
+    attributes = {
+        names.RPC_SYSTEM_NAME: "grpc",
+        names.RPC_METHOD: names.RPC_METHOD_OTHER,
+        names.RPC_METHOD_ORIGINAL: method[:128],
+    }
+    span = telemetry.tracer().start_span(
+        names.RPC_METHOD_OTHER, otel_context.Context(), trace.SpanKind.SERVER, attributes
+    )
+    end_server_span(span, grpc.StatusCode.UNIMPLEMENTED)
+
+
+def _end(span: trace.Span, code: grpc.StatusCode, at_fault: bool) -> None:
+    span.set_attribute(names.RPC_STATUS_CODE, code.name)
+    if code is not grpc.StatusCode.OK:
+        span.set_attribute(names.ERROR_TYPE, code.name)
+    if at_fault:
+        span.set_status(trace.StatusCode.ERROR)
+    span.end()
+
+
+def _peer(peer: str) -> dict[str, str | int]:
+    family, _, rest = unquote(peer).partition(":")
+    host, _, port = rest.rpartition(":")
+    if family not in ("ipv4", "ipv6") or not port.isdigit():
+        return {}
+    return {names.PEER_ADDRESS: host.strip("[]"), names.PEER_PORT: int(port)}
