@@ -1,1 +1,4 @@
-"""The tokenizer service: text to ids and back, chat templates, the vocabulary."""
+"""Text to ids and back: encodings, chat templates, the vocabulary.
+
+Everything below `service` knows neither grpc nor the protos.
+"""

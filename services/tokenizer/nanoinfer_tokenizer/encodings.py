@@ -1,0 +1,150 @@
+"""What every encoding offers, and the parts that both of them share.
+
+An encoding turns text into ids. Text given to `encode` never yields a special token; only
+`encode_with_special`, meant for rendered chat templates, does. Added tokens are found as the
+`tokenizers` library finds them: leftmost, then longest, before any piece reaches the model.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+# The Unicode property White_Space; str.strip() would take U+001C to U+001F too.
+_WHITE_SPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
+    "\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+
+
+class TokenizerFileError(ValueError):
+    """A tokenizer's files are missing, damaged or of a kind that cannot be served."""
+
+
+class UnknownTokenIdError(ValueError):
+    """An id outside the vocabulary was to be decoded."""
+
+    def __init__(self, token_id: int) -> None:
+        """Remembers `token_id`."""
+        super().__init__(f"token id {token_id} is outside the vocabulary")
+        self.token_id = token_id
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token matched in the text before the model sees it; `tokenizer.json` explains the flags."""
+
+    id: int
+    content: str
+    special: bool = True
+    normalized: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class AddedTokens:
+    """Finds a set of added tokens in text. `hidden` ones are found too but stay text."""
+
+    def __init__(self, tokens: Iterable[AddedToken], hidden: Iterable[AddedToken] = ()) -> None:
+        """Prepares the search; tokens without content are never found."""
+        self._tokens = {token.content: token for token in tokens if token.content}
+        contents = {*self._tokens, *(token.content for token in hidden if token.content)}
+        longest_first = sorted(contents, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """Yields the non-empty runs of plain text and the ids between them, in order."""
+        cursor = 0
+        for match in self._pattern.finditer(text) if self._tokens else ():
+            token = self._tokens.get(match.group())
+            start, end = match.span()
+            if token is None or start < cursor or (token.single_word and _in_word(text, match)):
+                continue
+            if token.lstrip:
+                start = cursor + len(text[cursor:start].rstrip(_WHITE_SPACE))
+            if token.rstrip:
+                end = len(text) - len(text[end:].lstrip(_WHITE_SPACE))
+            if cursor < start:
+                yield text[cursor:start]
+            yield token.id
+            cursor = end
+        if cursor < len(text):
+            yield text[cursor:] if cursor else text
+
+
+def _in_word(text: str, match: re.Match[str]) -> bool:
+    before, after = text[: match.start()][-1:], text[match.end() :][:1]
+    return bool(re.match(r"\w", before) or re.match(r"\w", after))
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Raw bytes of every id; `b""` for an id without a token. `special` maps ids to their text."""
+
+    tokens: tuple[bytes, ...]
+    special: Mapping[int, str]
+
+    def to_bytes(self, token_ids: Sequence[int], *, skip_special: bool) -> bytes:
+        """Joins the bytes of `token_ids`. Raises `UnknownTokenIdError`."""
+        tokens = self.tokens
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < len(tokens):
+            raise UnknownTokenIdError(next(i for i in token_ids if not 0 <= i < len(tokens)))
+        if skip_special:
+            special = self.special
+            return b"".join([tokens[i] for i in token_ids if i not in special])
+        return b"".join([tokens[i] for i in token_ids])
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingInfo:
+    """Says what encodes and why. `prefix` and `suffix` are the ids put around a whole text."""
+
+    backend: str
+    reason: str
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+
+class Encoding(Protocol):
+    """Turns text into ids. Implementations may be called from several threads at once."""
+
+    @property
+    def info(self) -> EncodingInfo:
+        """What encodes."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The byte table."""
+
+    @property
+    def special(self) -> AddedTokens:
+        """Finds special tokens; for rendered templates only."""
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Encodes plain text. `continues` says that something stood before it in the input."""
+
+
+def encode_framed(encoding: Encoding, text: str) -> list[int]:
+    """Encodes plain text and puts the model's frame, such as BOS, around it."""
+    return [*encoding.info.prefix, *encoding.encode(text), *encoding.info.suffix]
+
+
+def encode_with_special(
+    encoding: Encoding, text: str, restore: Mapping[int, int] | None = None
+) -> list[int]:
+    """Encodes a rendered template, in which special-token text means the token.
+
+    `restore` maps characters that stand for others (see `guard`) back, after the special tokens
+    have been found: what they stand for can no longer become part of one.
+    """
+    token_ids: list[int] = []
+    continues = False
+    for part in encoding.special.split(text):
+        if isinstance(part, int):
+            token_ids.append(part)
+        else:
+            plain = part.translate(restore) if restore else part
+            token_ids.extend(encoding.encode(plain, continues=continues))
+        continues = True
+    return token_ids

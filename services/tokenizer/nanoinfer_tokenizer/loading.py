@@ -1,0 +1,160 @@
+"""Finds a model's tokenizer files and chooses what encodes them.
+
+A tokenizer is a directory, a `tokenizer.json` or a `.tiktoken` rank file. The chat template, the
+names of special tokens and EOS come from the files beside it, where there are any.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoinfer_tokenizer.byte_level import (
+    ByteLevelEncoding,
+    UnrepresentableError,
+    spec_from_document,
+    spec_from_ranks,
+)
+from nanoinfer_tokenizer.encodings import Encoding, TokenizerFileError
+from nanoinfer_tokenizer.library import LibraryEncoding
+from nanoinfer_tokenizer.patterns import RANK_FILE_SPECIAL_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class RankFileOptions:
+    """What a rank file leaves out: its pre-tokenizer pattern and its special tokens, in id order.
+
+    None stands for the pattern's own special tokens.
+    """
+
+    pattern: str = "gpt2"
+    special_tokens: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTokenizer:
+    """A model's tokenizer. `template_tokens` are the names that its chat template may use."""
+
+    name: str
+    path: Path
+    encoding: Encoding
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    template_tokens: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_tokenizer(path: Path) -> Path:
+    """Gives the tokenizer file in a directory, or the file itself. Raises `TokenizerFileError`."""
+    if not path.is_dir():
+        if path.is_file() and path.suffix in (".json", ".tiktoken"):
+            return path
+        raise TokenizerFileError(f"{path} is no directory, tokenizer.json or .tiktoken file")
+    candidates = [path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise TokenizerFileError(f"{path} holds neither tokenizer.json nor a .tiktoken file")
+    return found
+
+
+def load_tokenizer(path: Path, rank_file: RankFileOptions | None = None) -> LoadedTokenizer:
+    """Loads the tokenizer at `path`; `rank_file` completes a `.tiktoken` file.
+
+    Raises `TokenizerFileError` for files that are missing, damaged or of no servable kind.
+    """
+    file = find_tokenizer(path)
+    try:
+        if file.suffix == ".tiktoken":
+            encoding: Encoding = _load_ranks(file, rank_file or RankFileOptions())
+        elif rank_file is not None:
+            raise TokenizerFileError(f"{file.name} brings its own pattern and special tokens")
+        else:
+            encoding = _load_document(_read_object(file))
+        return _with_neighbours(path.resolve(), file, encoding)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, TokenizerFileError):
+            raise
+        raise TokenizerFileError(f"{file.name} is damaged: {error!r}") from error
+
+
+def _load_document(document: Mapping[str, Any]) -> Encoding:
+    try:
+        return ByteLevelEncoding(spec_from_document(document))
+    except UnrepresentableError as reason:
+        return LibraryEncoding(document, str(reason))
+
+
+def _load_ranks(file: Path, options: RankFileOptions) -> Encoding:
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (ValueError, binascii.Error) as error:
+        raise TokenizerFileError(f"{file.name} is not a rank file") from error
+    special_tokens = options.special_tokens
+    if special_tokens is None:
+        special_tokens = RANK_FILE_SPECIAL_TOKENS.get(options.pattern, ())
+    return ByteLevelEncoding(spec_from_ranks(ranks, options.pattern, special_tokens))
+
+
+def _with_neighbours(path: Path, file: Path, encoding: Encoding) -> LoadedTokenizer:
+    """Adds what the files beside `file` say."""
+    directory = file.parent
+    config = _read_object(directory / "tokenizer_config.json", optional=True)
+    named = {**_read_object(directory / "special_tokens_map.json", optional=True), **config}
+    template_tokens = {
+        name: _token_text(value)
+        for name, value in named.items()
+        if name.endswith("_token") and isinstance(_token_text(value), str)
+    }
+    return LoadedTokenizer(
+        name=path.name if path.is_dir() else path.stem,
+        path=path,
+        encoding=encoding,
+        eos_token_ids=_eos_token_ids(directory, encoding, template_tokens.get("eos_token")),
+        chat_template=_chat_template(directory, config),
+        template_tokens=template_tokens,
+    )
+
+
+def _token_text(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _eos_token_ids(directory: Path, encoding: Encoding, eos_token: str | None) -> tuple[int, ...]:
+    """Collects EOS from the generation config (or the model's), then the tokenizer's own."""
+    for name in ("generation_config.json", "config.json"):
+        configured = _read_object(directory / name, optional=True).get("eos_token_id")
+        if configured is not None:
+            break
+    listed = configured if isinstance(configured, list) else [configured]
+    token_ids = [token_id for token_id in listed if isinstance(token_id, int)]
+    special = encoding.vocabulary.special
+    token_ids += [token_id for token_id, text in special.items() if text == eos_token]
+    return tuple(dict.fromkeys(token_ids))
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """Reads the default chat template; a file of its own goes before the config's entry."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerFileError("tokenizer_config.json has a chat_template of unknown form")
+    return template
+
+
+def _read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    if optional and not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerFileError(f"{file.name} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerFileError(f"{file.name} is not a JSON object")
+    return value

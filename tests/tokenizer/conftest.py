@@ -1,0 +1,36 @@
+"""Fixtures: one directory, loaded tokenizer and reference per family, made once."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
+from tokenizers import Tokenizer
+
+from tests.tokenizer.tiny_tokenizers import make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives a family's model directory."""
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda family: make_tokenizer(root / family, family))
+
+
+@pytest.fixture(scope="session")
+def loaded(directory_of: Callable[[str], Path]) -> Callable[[str], LoadedTokenizer]:
+    """Gives a family's tokenizer as the service loads it."""
+    return cache(lambda family: load_tokenizer(directory_of(family)))
+
+
+@pytest.fixture(scope="session")
+def reference(directory_of: Callable[[str], Path]) -> Callable[[str], Tokenizer]:
+    """Gives the `tokenizers` library's own tokenizer, special tokens in text left plain."""
+
+    def load(family: str) -> Tokenizer:
+        tokenizer = Tokenizer.from_file(str(directory_of(family) / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    return cache(load)

@@ -1,0 +1,199 @@
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nanoinfer_tokenizer.encodings import TokenizerFileError
+from nanoinfer_tokenizer.loading import RankFileOptions, load_tokenizer
+from nanoinfer_tokenizer.patterns import PATTERNS
+
+from tests.tokenizer.test_encodings import corpus
+from tests.tokenizer.tiny_tokenizers import train
+
+Directories = Callable[[str], Path]
+
+
+def write_ranks(path: Path) -> Path:
+    """Writes the ranks of the tiny GPT-2 tokenizer."""
+    encoding = load_tokenizer(path).encoding
+    tokens = encoding.vocabulary.tokens[:-1]
+    lines = [f"{base64.b64encode(data).decode()} {rank}" for rank, data in enumerate(tokens)]
+    file = path / "vocabulary.tiktoken"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A GPT-2 model directory of this test's own."""
+    train("gpt2").save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_a_directory_and_its_file_give_the_same(directory_of: Directories) -> None:
+    directory = directory_of("llama3")
+    whole = load_tokenizer(directory)
+    file = load_tokenizer(directory / "tokenizer.json")
+    assert whole.encoding.vocabulary == file.encoding.vocabulary
+    assert whole.chat_template == file.chat_template
+    assert whole.eos_token_ids == file.eos_token_ids == (704,)
+    assert whole.template_tokens == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    assert (whole.name, file.name) == (directory.name, "tokenizer")
+
+
+def test_a_rank_file_gives_the_ids_of_the_tokenizer_it_came_from(model: Path) -> None:
+    expected = load_tokenizer(model).encoding
+    encoding = load_tokenizer(write_ranks(model)).encoding
+    assert encoding.info.backend == "tiktoken"
+    assert encoding.vocabulary == expected.vocabulary
+    for text in corpus(100):
+        assert encoding.encode(text) == expected.encode(text)
+
+
+def test_a_rank_files_pattern_and_special_tokens_can_be_chosen(model: Path) -> None:
+    options = RankFileOptions("qwen2", ("<a>", "<b>"))
+    encoding = load_tokenizer(write_ranks(model), options).encoding
+    assert encoding.vocabulary.special == {700: "<a>", 701: "<b>"}
+    assert "qwen2" in encoding.info.reason
+    default = load_tokenizer(model / "vocabulary.tiktoken", RankFileOptions("qwen2")).encoding
+    assert list(default.vocabulary.special.values())[1:] == ["<|im_start|>", "<|im_end|>"]
+
+
+def test_rank_file_settings_are_refused_where_they_mean_nothing(model: Path) -> None:
+    with pytest.raises(TokenizerFileError, match="brings its own pattern"):
+        load_tokenizer(model, RankFileOptions())
+
+
+@pytest.mark.parametrize(
+    "content", [b"not base64 1\n", b"YQ==\n", b"YQ== x\n", b"YQ== 0\n", b"", b"\xff\xfe"]
+)
+def test_damaged_rank_files_are_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "x.tiktoken"
+    file.write_bytes(content)
+    with pytest.raises(TokenizerFileError, match="rank file"):
+        load_tokenizer(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": {"type": "BPE"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a"]]}},
+        {"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": []}},
+        {"model": {"type": "Nonsense", "vocab": {}}},
+        {"added_tokens": [{"id": 1}]},
+        {"added_tokens": ["<s>"]},
+        {"pre_tokenizer": "ByteLevel"},
+        {"post_processor": {"type": "Mystery"}},
+        {"decoder": None, "normalizer": {"type": "Lowercase"}},
+    ],
+)
+def test_damaged_tokenizers_are_refused(change: dict[str, Any], model: Path) -> None:
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(TokenizerFileError):
+        load_tokenizer(model)
+
+
+def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "checkpoint.pt"):
+        with pytest.raises(TokenizerFileError):
+            load_tokenizer(path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\x80 not json")
+    with pytest.raises(TokenizerFileError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(TokenizerFileError, match="not a JSON object"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_huge_id_does_not_make_a_huge_table(model: Path) -> None:
+    file = model / "tokenizer.json"
+    document = json.loads(file.read_text())
+    document["added_tokens"][0]["id"] = 2**31
+    file.write_text(json.dumps(document))
+    with pytest.raises(TokenizerFileError, match="ids to"):
+        load_tokenizer(model)
+
+
+def test_where_the_chat_template_comes_from(model: Path) -> None:
+    config = model / "tokenizer_config.json"
+    assert load_tokenizer(model).chat_template is None
+    config.write_text(json.dumps({"chat_template": "config"}))
+    assert load_tokenizer(model).chat_template == "config"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(model).chat_template == "d"
+    (model / "chat_template.jinja").write_text("file")
+    assert load_tokenizer(model).chat_template == "file"
+    (model / "chat_template.jinja").unlink()
+    config.write_text(json.dumps({"chat_template": 5}))
+    with pytest.raises(TokenizerFileError, match="unknown form"):
+        load_tokenizer(model)
+
+
+def test_eos_comes_from_the_generation_config_then_the_models_then_the_tokenizers(
+    model: Path,
+) -> None:
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<|endoftext|>", "lstrip": False}})
+    )
+    assert load_tokenizer(model).eos_token_ids == (700,)
+    (model / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert load_tokenizer(model).eos_token_ids == (5, 700)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [700, 6]}))
+    assert load_tokenizer(model).eos_token_ids == (700, 6)
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "prefix", "suffix"),
+    [
+        (None, (), ()),
+        ({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}, (), ()),
+        ({"type": "BertProcessing", "sep": ["s", 1], "cls": ["c", 2]}, (2,), (1,)),
+        (
+            {
+                "type": "Sequence",
+                "processors": [
+                    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+                    {
+                        "type": "TemplateProcessing",
+                        "single": [
+                            {"SpecialToken": {"id": "b", "type_id": 0}},
+                            {"Sequence": {"id": "A", "type_id": 0}},
+                            {"SpecialToken": {"id": "e", "type_id": 0}},
+                        ],
+                        "pair": [],
+                        "special_tokens": {
+                            "b": {"id": "b", "ids": [3], "tokens": ["b"]},
+                            "e": {"id": "e", "ids": [4, 5], "tokens": ["e", "e"]},
+                        },
+                    },
+                ],
+            },
+            (3,),
+            (4, 5),
+        ),
+    ],
+)
+def test_what_is_put_around_a_text(
+    post_processor: object, prefix: tuple[int, ...], suffix: tuple[int, ...], model: Path
+) -> None:
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": post_processor}))
+    info = load_tokenizer(model).encoding.info
+    assert (info.prefix, info.suffix) == (prefix, suffix)
+
+
+def test_every_pattern_takes_every_character(tmp_path: Path) -> None:
+    """A pattern that left text between its matches would lose it on tiktoken."""
+    train("gpt2").save(str(tmp_path / "tokenizer.json"))
+    ranks = write_ranks(tmp_path)
+    everything = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    for pattern in PATTERNS:
+        encoding = load_tokenizer(ranks, RankFileOptions(pattern)).encoding
+        data = encoding.vocabulary.to_bytes(encoding.encode(everything), skip_special=False)
+        assert data.decode() == everything
