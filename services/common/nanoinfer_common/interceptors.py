@@ -21,10 +21,11 @@ from nanoinfer.v1 import generation_pb2 as pb
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 
-from nanoinfer_common import errors, names, telemetry, validation
+from nanoinfer_common import errors, names, telemetry
 from nanoinfer_common.client_interceptors import client_interceptors
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import ServiceError
+from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, is_label
 from nanoinfer_common.spans import (
     end_server_span,
     has_span,
@@ -176,7 +177,7 @@ class RunningCall:
         # The task is this call's own, so nothing has to be detached or reset at its end.
         otel_context.attach(trace.set_span_in_context(self._span))
         given = [value for key, value in metadata if key == names.REQUEST_ID]
-        usable = len(given) == 1 and validation.is_label(given[0], 128)
+        usable = len(given) == 1 and is_label(given[0], MAX_REQUEST_ID_CHARS)
         telemetry.enter_rpc(self._span, given[0] if usable else str(uuid.uuid4()))
         return self
 

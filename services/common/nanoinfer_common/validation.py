@@ -1,10 +1,204 @@
-"""The one validator of requests."""
+"""The one validator of requests. The gateway runs it for early answers, the engine for truth.
+
+Protobuf lets NaN, infinities, unknown enum values and absurd counts pass; here they end with
+INVALID_ARGUMENT and one `BadRequest.field_violations` entry a field. An unset field is never
+checked: it means the model's default. What is valid but beyond the server's features ends with
+UNIMPLEMENTED, so that nothing is ever accepted and ignored.
+"""
+
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from nanoinfer.v1 import generation_pb2 as pb
+from nanoinfer.v1 import tokenizer_pb2
+
+from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common.errors import ServiceError, Violation
+from nanoinfer_common.field_checks import (
+    MAX_REPORTED,
+    MAX_REQUEST_ID_CHARS,
+    Limits,
+    check_envelope,
+    check_ids,
+    check_response,
+    check_sampling,
+    check_stop,
+    check_stopping,
+    check_structured_output,
+    features_asked,
+    is_label,
+)
+
+__all__ = [
+    "Limits",
+    "RequestMetadata",
+    "read_metadata",
+    "validate_messages",
+    "validate_prompt_ids",
+    "validate_request",
+]
+
+MAX_TENANT_CHARS: Final = 64
+MAX_MESSAGES: Final = 10_000
+MAX_ROLE_BYTES: Final = 64
+MAX_PRIORITY: Final = 100
+
+_REASONS: Final = {
+    "sampling": names.INVALID_SAMPLING_PARAMS,
+    "stopping": names.INVALID_STOPPING_PARAMS,
+    "stop": names.INVALID_STOPPING_PARAMS,
+    "response": names.INVALID_RESPONSE_OPTIONS,
+    "structured_output": names.INVALID_STRUCTURED_OUTPUT,
+    "prompt": names.INVALID_PROMPT,
+    "messages": names.INVALID_MESSAGES,
+}
 
 
-def is_label(value: object, max_chars: int) -> bool:
-    """Says whether `value` is a string of 1 to `max_chars` visible ASCII characters."""
-    return (
-        isinstance(value, str)
-        and 0 < len(value) <= max_chars
-        and all("!" <= character <= "~" for character in value)
+@dataclass(frozen=True)
+class RequestMetadata:
+    """What a call's metadata says about it."""
+
+    request_id: str
+    priority: int = 0
+    tenant: str | None = None
+
+
+def validate_request(
+    *,
+    sampling: pb.SamplingParams | None = None,
+    stopping: pb.StoppingParams | None = None,
+    response: pb.ResponseOptions | None = None,
+    structured_output: pb.StructuredOutput | None = None,
+    stop: Sequence[str] = (),
+    request_id: str | None = None,
+    cache_salt: str | None = None,
+    truncate_prompt_tokens: int | None = None,
+    limits: Limits,
+) -> None:
+    """Checks everything but the prompt; None and unset fields are fine.
+
+    Raises INVALID_ARGUMENT with all violations at once; only then UNIMPLEMENTED (FEATURE_DISABLED)
+    for features that `limits` lacks.
+    """
+    sampling = sampling or pb.SamplingParams()
+    stopping = stopping or pb.StoppingParams()
+    response = response or pb.ResponseOptions()
+    structured_output = structured_output or pb.StructuredOutput()
+    _raise_any(
+        [
+            *check_sampling(sampling, limits),
+            *check_stopping(stopping, limits),
+            *check_stop(stop),
+            *check_response(response, limits),
+            *check_structured_output(structured_output),
+            *check_envelope(request_id, cache_salt, truncate_prompt_tokens, limits),
+        ]
     )
+    if limits.features is None:
+        return
+    asked = features_asked(sampling, response, structured_output, truncate_prompt_tokens)
+    lacking = [(field, feature) for field, feature in asked if feature not in limits.features]
+    if lacking:
+        fields = ", ".join(field for field, _ in lacking)
+        feature = pb.Feature.Name(lacking[0][1])
+        message = f"not available on this server: {fields}"
+        raise errors.unimplemented(message, feature, lacking[0][0])
+
+
+def validate_prompt_ids(ids: Sequence[int], limits: Limits) -> None:
+    """Checks a prompt given as ids: 1 to max_model_len - 1 of them, each below the vocabulary.
+
+    Raises INVALID_ARGUMENT: PROMPT_TOO_LONG, or INVALID_PROMPT.
+    """
+    if not len(ids):
+        _raise_any([Violation("prompt", "must not be empty")])
+    longest = limits.max_model_len
+    if longest is not None and len(ids) >= longest:
+        raise ServiceError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            names.PROMPT_TOO_LONG,
+            f"the prompt has {len(ids)} tokens; the model takes {longest - 1}",
+            metadata={"promptTokens": str(len(ids)), "maxModelLen": str(longest)},
+        )
+    _raise_any(check_ids("prompt", ids, limits))
+
+
+def validate_messages(messages: Sequence[tokenizer_pb2.ChatMessage]) -> None:
+    """Checks a conversation's form: 1 to 10,000 messages, each with a role and set parts.
+
+    Raises INVALID_ARGUMENT (INVALID_MESSAGES). Which roles exist, the chat template knows.
+    """
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        _raise_any([Violation("messages", f"must be 1 to {MAX_MESSAGES} messages")])
+    violations: list[Violation] = []
+    for index, message in enumerate(messages):
+        path = f"messages[{index}]"
+        if not 0 < len(message.role.encode()) <= MAX_ROLE_BYTES:
+            violations.append(Violation(f"{path}.role", f"must be 1 to {MAX_ROLE_BYTES} bytes"))
+        if not message.content:
+            violations.append(Violation(f"{path}.content", "must have at least one part"))
+        elif not all(part.WhichOneof("part") for part in message.content):
+            violations.append(Violation(f"{path}.content", "has a part of no known kind"))
+        if len(violations) >= MAX_REPORTED:
+            break
+    _raise_any(violations)
+
+
+def read_metadata(
+    invocation_metadata: Iterable[Any] | None, request_id: str | None = None
+) -> RequestMetadata:
+    """Reads request id, priority and tenant, and labels the running RPC with the id.
+
+    The id is the request's own field, or else `x-request-id`, or else the running RPC's, or a UUID.
+    Raises INVALID_ARGUMENT (INVALID_METADATA) for a value out of range or given twice.
+    """
+    given: dict[str, list[Any]] = {}
+    for key, value in invocation_metadata or ():
+        given.setdefault(key, []).append(value)
+    violations = [
+        Violation(key, "must be given once")
+        for key in (names.REQUEST_ID, names.PRIORITY, names.TENANT)
+        if len(given.get(key, ())) > 1
+    ]
+    label = given.get(names.REQUEST_ID, [None])[0]
+    if label is not None and not is_label(label, MAX_REQUEST_ID_CHARS):
+        violations.append(Violation(names.REQUEST_ID, _label_rule(MAX_REQUEST_ID_CHARS)))
+    tenant = given.get(names.TENANT, [None])[0]
+    if tenant is not None and not is_label(tenant, MAX_TENANT_CHARS):
+        violations.append(Violation(names.TENANT, _label_rule(MAX_TENANT_CHARS)))
+    priority = _as_priority(given.get(names.PRIORITY, ["0"])[0])
+    if priority is None:
+        rule = f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+        violations.append(Violation(names.PRIORITY, rule))
+    if violations or priority is None:
+        raise _invalid(names.INVALID_METADATA, violations)
+    chosen = request_id or label or telemetry.request_id() or str(uuid.uuid4())
+    telemetry.set_request_id(chosen)
+    return RequestMetadata(chosen, priority, tenant)
+
+
+def _as_priority(text: object) -> int | None:
+    if not isinstance(text, str) or not re.fullmatch(r"[+-]?[0-9]{1,3}", text):
+        return None
+    return int(text) if abs(int(text)) <= MAX_PRIORITY else None
+
+
+def _label_rule(max_chars: int) -> str:
+    return f"must be 1 to {max_chars} visible ASCII characters"
+
+
+def _raise_any(violations: Iterable[Violation]) -> None:
+    found = list(violations)
+    if found:
+        top = re.split(r"[.\[]", found[0].field)[0]
+        raise _invalid(_REASONS.get(top, names.INVALID_REQUEST), found)
+
+
+def _invalid(reason: str, violations: list[Violation]) -> ServiceError:
+    field, description = violations[0]
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    return errors.invalid(reason, f"{field} {description}{more}", *violations)
