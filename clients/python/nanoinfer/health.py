@@ -1,0 +1,44 @@
+"""`grpc.health.v1` without its package: asks a server whether a name is serving.
+
+HealthCheckRequest has one string field 1 and HealthCheckResponse one enum field 1, exactly the wire
+form of the well-known wrappers used here.
+"""
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+from nanoinfer.errors import Unavailable
+
+CHECK = "/grpc.health.v1.Health/Check"
+READINESS = "readiness"
+POLL_SECONDS = 0.1
+STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
+# a server without the health service, or without the name, answers and so is reachable
+ANSWERED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND)
+
+
+def serialize(service: str) -> bytes:
+    """The request that asks for a health name."""
+    return StringValue(value=service).SerializeToString()
+
+
+def deserialize(data: bytes) -> str:
+    """The status's name."""
+    value = Int32Value.FromString(data).value
+    return STATUSES[value] if 0 <= value < len(STATUSES) else "UNKNOWN"
+
+
+def check(target: str, service: str, timeout: float) -> str:
+    """The status of a health name at `target`, or the name of the gRPC code that came instead."""
+    with grpc.insecure_channel(target) as channel:
+        call = channel.unary_unary(CHECK, serialize, deserialize)
+        try:
+            return str(call(service, timeout=timeout))
+        except grpc.RpcError as error:
+            return error.code().name
+
+
+def not_ready(target: str, timeout: float, status: str) -> Unavailable:
+    """What waiting for a server in vain raises."""
+    message = f"{target} was not ready within {timeout:g} s ({status})"
+    return Unavailable(message, code=grpc.StatusCode.UNAVAILABLE, reason="NOT_READY")
