@@ -1,7 +1,6 @@
 """The block pool's books: every block is free or has exactly one owner."""
 
 import pytest
-
 from nanoinfer_engine.blocks import BlockError, BlockPool
 
 

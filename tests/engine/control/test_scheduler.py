@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.errors import CapacityError
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
 from nanoinfer_engine.scheduler import Scheduler
+
 from tests.engine.fakes import (
     EOS,
     FakeClock,

@@ -1,0 +1,195 @@
+"""What a scrape shows: the engine's last snapshot under the names that routers expect.
+
+Reads one published snapshot and waits for nobody, so figures are as fresh as the last step and
+balance among themselves. Names with the prefix follow vLLM's; those of our own are not prefixed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from nanoinfer_common import metrics, names
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from nanoinfer_engine.request import FinishReason
+from nanoinfer_engine.statistics import (
+    NANOSECONDS,
+    Buckets,
+    HistogramSnapshot,
+    Snapshot,
+    Statistics,
+)
+
+Labels = Mapping[str, str]
+
+_SUCCESS = (FinishReason.STOP, FinishReason.LENGTH)
+_OUTCOMES = {
+    FinishReason.STOP: "success",
+    FinishReason.LENGTH: "success",
+    FinishReason.ERROR: "error",
+    FinishReason.DEADLINE: "error",
+    FinishReason.CANCELLED: "cancelled",
+}
+_REJECTIONS = {"requests": "max_num_queued_reqs", "tokens": "max_num_queued_tokens"}
+# The engine's own names, and what the world calls them.
+_COUNTERS = {
+    "prompt_tokens": (names.PROMPT_TOKENS, "Prompt tokens computed."),
+    "completion_tokens": (names.GENERATION_TOKENS, "Completion tokens produced."),
+    "preemptions": (names.NUM_PREEMPTIONS, "Times a request had to give its blocks up."),
+}
+_HISTOGRAMS = {
+    "time_to_first_token": (names.TIME_TO_FIRST_TOKEN_SECONDS, "Arrival to first token."),
+    "inter_token": (names.INTER_TOKEN_LATENCY_SECONDS, "Between two tokens."),
+    "time_per_token": (names.TIME_PER_OUTPUT_TOKEN_SECONDS, "Mean per token after the first."),
+    "end_to_end": (names.E2E_REQUEST_LATENCY_SECONDS, "Arrival to end."),
+    "queue": (names.REQUEST_QUEUE_TIME_SECONDS, "Arrival to first step."),
+    "prefill": (names.REQUEST_PREFILL_TIME_SECONDS, "First step to first token."),
+    "decode": (names.REQUEST_DECODE_TIME_SECONDS, "First token to end."),
+    "inference": (names.REQUEST_INFERENCE_TIME_SECONDS, "First step to end."),
+    "prompt_length": (names.REQUEST_PROMPT_TOKENS, "Prompt tokens of a request."),
+    "completion_length": (names.REQUEST_GENERATION_TOKENS, "Completion tokens of a request."),
+    "max_length": (
+        names.REQUEST_MAX_NUM_GENERATION_TOKENS,
+        "Longest completion of a request.",
+    ),
+    "choices": (names.REQUEST_PARAMS_N, "Completions asked for."),
+    "max_tokens": (names.REQUEST_PARAMS_MAX_TOKENS, "Completion tokens allowed."),
+    "step_tokens": (names.ITERATION_TOKENS, "Tokens computed in a step."),
+}
+_STEP_BUCKETS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0),
+)
+
+
+def make_statistics(max_model_len: int) -> Statistics:
+    """Empty statistics with the boundaries that dashboards expect."""
+    return Statistics(
+        Buckets(
+            time_to_first_token=metrics.TIME_TO_FIRST_TOKEN_BUCKETS,
+            time_per_token=metrics.INTER_TOKEN_BUCKETS,
+            phase=metrics.REQUEST_BUCKETS,
+            num_tokens=metrics.token_buckets(max_model_len),
+            step=_STEP_BUCKETS,
+            batch_size=metrics.token_buckets(256),
+            choices=metrics.token_buckets(20),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a scrape shows beside the snapshot; `num_blocks` is 0 until the model is loaded."""
+
+    model_name: str
+    block_size: int
+    num_blocks: int
+    rejections: Mapping[str, int]
+    snapshot: Snapshot
+
+
+class EngineCollector(Collector):
+    """Turns the engine's figures into Prometheus families at each scrape."""
+
+    def __init__(self, prefix: str, facts: Callable[[], Facts]) -> None:
+        """`prefix` precedes the names that others expect, such as `vllm:`."""
+        self._prefix = prefix
+        self._facts = facts
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing, so that registering does not scrape."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Every family, from one snapshot."""
+        facts = self._facts()
+        snapshot, load = facts.snapshot, facts.snapshot.load
+        labels = {"model_name": facts.model_name, "engine": "0"}
+        shape = {"block_size": str(facts.block_size), "num_gpu_blocks": str(facts.num_blocks)}
+        prefixed = [
+            _gauge(names.NUM_REQUESTS_RUNNING, "Requests that run.", labels, load.num_running),
+            _gauge(names.NUM_REQUESTS_WAITING, "Requests that wait.", labels, load.num_waiting),
+            _gauge(names.KV_CACHE_USAGE, "KV cache in use, 0 to 1.", labels, load.kv_usage),
+            _gauge(names.CACHE_CONFIG_INFO, "Shape of the KV cache.", labels | shape, 1),
+            *(
+                _counter(name, text, labels, "", {"": snapshot.counters.get(key, 0)})
+                for key, (name, text) in _COUNTERS.items()
+            ),
+            _counter(
+                names.REQUEST_SUCCESS,
+                "Requests that ended well.",
+                labels,
+                "finished_reason",
+                {reason.value: snapshot.finished.get(reason, 0) for reason in _SUCCESS},
+            ),
+            _counter(
+                names.ADMISSION_REJECTIONS,
+                "Requests refused because the queue was full.",
+                labels,
+                "reason",
+                {_REJECTIONS[bound]: count for bound, count in facts.rejections.items()},
+            ),
+            *(
+                _histogram(name, text, labels, snapshot.histograms[key])
+                for key, (name, text) in _HISTOGRAMS.items()
+                if key in snapshot.histograms
+            ),
+        ]
+        for family in prefixed:
+            family.name = self._prefix + family.name
+            family.samples = [
+                sample._replace(name=self._prefix + sample.name) for sample in family.samples
+            ]
+        return [*prefixed, *_own_families(snapshot, labels)]
+
+
+def _own_families(snapshot: Snapshot, labels: Labels) -> Iterable[Metric]:
+    outcomes = dict.fromkeys(_OUTCOMES.values(), 0)
+    for reason, count in snapshot.finished.items():
+        outcomes[_OUTCOMES[reason]] += count
+    accepted = {"": snapshot.counters.get("accepted", 0)}
+    yield _counter(names.ENGINE_ACCEPTED, "Completions accepted.", labels, "", accepted)
+    yield _counter(names.ENGINE_REQUESTS, "Completions that ended.", labels, "outcome", outcomes)
+    is_busy = snapshot.load.num_running + snapshot.load.num_waiting > 0
+    age = 0.0
+    if is_busy and snapshot.last_step is not None:
+        age = (time.monotonic_ns() - snapshot.last_step) * NANOSECONDS
+    yield _gauge(names.ENGINE_LAST_STEP_AGE_SECONDS, "Time since a step ended.", labels, age)
+    if "step" in snapshot.histograms:
+        kind = {**labels, "kind": "eager"}
+        step, size = snapshot.histograms["step"], snapshot.histograms["batch_size"]
+        yield _histogram(names.ENGINE_STEP_SECONDS, "Time of a step.", kind, step)
+        yield _histogram(names.ENGINE_STEP_BATCH_SIZE, "Requests in a step.", labels, size)
+
+
+def _gauge(name: str, text: str, labels: Labels, value: float) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _counter(name: str, text: str, labels: Labels, label: str, values: Mapping[str, int]) -> Metric:
+    """One sample for each value of `label`; a single one where `label` is empty."""
+    family = CounterMetricFamily(name, text, labels=[*labels, *([label] if label else [])])
+    for value, count in values.items():
+        family.add_metric([*labels.values(), *([value] if label else [])], count)
+    return family
+
+
+def _histogram(name: str, text: str, labels: Labels, histogram: HistogramSnapshot) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=list(labels))
+    buckets, total = [], 0
+    bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
+    for bound, count in zip(bounds, histogram.counts, strict=True):
+        total += count
+        buckets.append((bound, total))
+    family.add_metric(list(labels.values()), buckets=buckets, sum_value=histogram.total)
+    return family

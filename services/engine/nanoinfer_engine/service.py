@@ -1,0 +1,306 @@
+"""EngineService: proto in, proto out, one stream for each request; plus load and description.
+
+With `messages`, `telemetry` and `metrics` the only place of the engine that knows proto and grpc.
+Outputs that pile up leave as one message: a write slot is taken before a stream's buffer is
+emptied, and slots are few, so the busier the server, the more tokens a message carries.
+
+`cache_salt` is validated and then has nothing to separate: there is no prefix cache, and the
+feature is not announced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from nanoinfer.v1 import engine_pb2, engine_pb2_grpc
+from nanoinfer.v1 import generation_pb2 as pb
+from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common.errors import ServiceError
+from nanoinfer_common.fingerprint import tokenizer_fingerprint
+from nanoinfer_common.server import ServiceStatus
+from nanoinfer_common.validation import (
+    RequestMetadata,
+    read_metadata,
+    validate_prompt_ids,
+    validate_request,
+)
+from prometheus_client import CollectorRegistry
+
+from nanoinfer_engine.batch import Runner
+from nanoinfer_engine.config import EngineConfig, ModelConfig
+from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
+from nanoinfer_engine.engine import Engine
+from nanoinfer_engine.errors import EngineError
+from nanoinfer_engine.messages import Answer, ServedModel
+from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
+from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.statuses import failure, refusal_status
+from nanoinfer_engine.stream import Stream
+from nanoinfer_engine.telemetry import latency_attributes, record_phases
+from nanoinfer_engine.write_slots import WriteSlots
+
+WATCH_SECONDS = 0.1
+PROGRESS_SECONDS = 1.0
+
+log = structlog.get_logger(__name__)
+Context = Any  # grpc-stubs types the aio context only in part
+
+
+class LoadedRunner(Runner, Protocol):
+    """A runner, and what it tells of its model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the model accepts and produces lie below it."""
+
+    num_parameters: int
+    weights_fingerprint: str
+    model_config: ModelConfig
+
+
+LoadRunner = Callable[[EngineConfig, Callable[[int, int], None]], LoadedRunner]
+
+
+class EngineService(engine_pb2_grpc.EngineServiceServicer):
+    """The engine behind its contract; a `nanoinfer_common.server.Service`."""
+
+    name = "nanoinfer-engine"
+    full_name = "nanoinfer.v1.EngineService"
+
+    def __init__(
+        self, settings: EngineSettings, status: ServiceStatus, load_runner: LoadRunner
+    ) -> None:
+        """`load_runner` makes the runner, in the engine's thread, and reports its progress."""
+        self.registry = CollectorRegistry()
+        self._settings = settings
+        self._status = status
+        self._model: ServedModel | None = None
+        self._num_blocks = 0
+        self._slots = WriteSlots()
+        config = settings.engine_config()
+        self._engine = Engine(
+            config,
+            load_runner=lambda: load_runner(config, _LoadingLog()),
+            make_statistics=make_statistics,
+            listener=self,
+            patience=settings.patience(),
+        )
+        self.registry.register(EngineCollector(settings.metrics_prefix, self._facts))
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register the handlers."""
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(self, server)
+
+    async def start(self) -> None:
+        """Load the model; raises CheckpointError or ValueError where it cannot be served."""
+        log.info("loading", model=str(self._settings.model))
+        defaults, fingerprint = await asyncio.to_thread(self._read_side_files)
+        runner = await self._engine.start()
+        self._num_blocks = runner.num_blocks
+        self._model = ServedModel(
+            name=self._settings.served_name,
+            architecture=runner.model_config.model_type,
+            dtype=self._settings.dtype,
+            vocab_size=runner.vocab_size,
+            num_parameters=runner.num_parameters,
+            capacity=self._engine.capacity,
+            eos_token_ids=runner.model_config.eos_token_ids,
+            defaults=defaults,
+            tokenizer_fingerprint=fingerprint,
+            weights_fingerprint=bytes.fromhex(runner.weights_fingerprint),
+        )
+        log.info(
+            "model",
+            model=self._model.name,
+            parameters=runner.num_parameters,
+            max_model_len=runner.max_model_len,
+            kv_tokens=self._engine.capacity.kv_tokens,
+            checks_tokenizer=fingerprint is not None,
+        )
+
+    async def drain(self, seconds: float) -> None:
+        """Finish what was admitted, at most this long."""
+        await self._engine.drain(seconds)
+
+    async def stop(self) -> None:
+        """End the engine's thread."""
+        await self._engine.stop()
+
+    def stalled(self, is_stalled: bool) -> None:
+        """Health follows the engine's steps."""
+        if is_stalled:
+            self._status.set_stalled()
+        else:
+            self._status.set_serving()
+
+    def lost(self, error: BaseException) -> None:
+        """The process ends with exit code 1, for its supervisor to start a new one."""
+        self._status.fail(error)
+
+    async def Generate(  # type: ignore[override]
+        self, request: engine_pb2.EngineServiceGenerateRequest, context: Context
+    ) -> None:
+        """Generate completions; written here, to tell a slow reader from a slow model."""
+        model = self._served_model()
+        metadata = self._validate(request, model, context)
+        try:
+            requests = model.requests(request, metadata, self._deadline(context))
+            stream = self._engine.submit(requests)
+        except EngineError as error:
+            raise refusal_status(error) from error
+        parent = telemetry.server_span().get_span_context()
+        stream.when_ended(lambda ended: record_phases(ended, parent))
+        try:
+            await self._send(stream, Answer(stream, model), context)
+        finally:
+            stream.close()
+            if not stream.is_live:
+                telemetry.set_attributes(latency_attributes(stream.slowest_request))
+
+    async def GetModelInfo(
+        self, request: engine_pb2.EngineServiceGetModelInfoRequest, context: Context
+    ) -> engine_pb2.EngineServiceGetModelInfoResponse:
+        """Describe the model."""
+        return engine_pb2.EngineServiceGetModelInfoResponse(model=self._served_model().info())
+
+    async def GetLoad(
+        self, request: engine_pb2.EngineServiceGetLoadRequest, context: Context
+    ) -> engine_pb2.EngineServiceGetLoadResponse:
+        """Give the load."""
+        return engine_pb2.EngineServiceGetLoadResponse(load=self._load())
+
+    async def WatchLoad(
+        self, request: engine_pb2.EngineServiceWatchLoadRequest, context: Context
+    ) -> AsyncIterator[engine_pb2.EngineServiceWatchLoadResponse]:
+        """Stream the load: compared ten times a second, sent where it differs."""
+        sent = None
+        while True:
+            load = self._load()
+            if load != sent:
+                yield engine_pb2.EngineServiceWatchLoadResponse(load=load)
+                sent = load
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def GetServerInfo(
+        self, request: engine_pb2.EngineServiceGetServerInfoRequest, context: Context
+    ) -> engine_pb2.EngineServiceGetServerInfoResponse:
+        """Describe the server."""
+        return engine_pb2.EngineServiceGetServerInfoResponse(server=self._status.info())
+
+    async def _send(self, stream: Stream, answer: Answer, context: Context) -> None:
+        """Write what the stream brings until it ends; raises what ended it badly."""
+        while await stream.wait():
+            async with self._slots.slot():
+                outputs = stream.take()
+                message = answer.message(outputs)
+                if message is not None:
+                    await self._write(message, context)
+            for output in outputs:
+                if error := failure(output, answer.num_sent_tokens):
+                    raise error
+
+    async def _write(
+        self, message: engine_pb2.EngineServiceGenerateResponse, context: Context
+    ) -> None:
+        seconds = self._settings.reader_stall_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await context.write(message)
+        except TimeoutError as error:
+            raise ServiceError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                names.STREAM_STALLED,
+                f"the client took no message for {seconds:g} s",
+            ) from error
+
+    def _validate(
+        self,
+        request: engine_pb2.EngineServiceGenerateRequest,
+        model: ServedModel,
+        context: Context,
+    ) -> RequestMetadata:
+        """Check everything that a request can say against the model; raises ServiceError."""
+        if request.HasField("model") and request.model != model.name:
+            raise errors.not_found_model(request.model)
+        validate_request(
+            sampling=request.sampling,
+            stopping=request.stopping,
+            response=request.response,
+            structured_output=request.structured_output,
+            stop=(),
+            request_id=request.request_id if request.HasField("request_id") else None,
+            cache_salt=request.cache_salt if request.HasField("cache_salt") else None,
+            truncate_prompt_tokens=(
+                request.truncate_prompt_tokens
+                if request.HasField("truncate_prompt_tokens")
+                else None
+            ),
+            limits=model.limits,
+        )
+        validate_prompt_ids(request.prompt.ids, model.limits)
+        model.check_tokenizer(request)
+        return read_metadata(
+            context.invocation_metadata() or (),
+            request.request_id if request.HasField("request_id") else None,
+        )
+
+    def _deadline(self, context: Context) -> int:
+        """When to give up, in monotonic nanoseconds; the server's bounds apply."""
+        remaining = context.time_remaining()
+        seconds = self._settings.default_deadline_seconds if remaining is None else remaining
+        seconds = min(seconds, self._settings.max_deadline_seconds)
+        return time.monotonic_ns() + int(seconds * 1e9)
+
+    def _load(self) -> engine_pb2.EngineLoad:
+        load, config = self._engine.load, self._engine.config
+        is_full = (
+            load.num_waiting >= config.max_waiting_requests
+            or load.waiting_prompt_tokens >= config.max_waiting_tokens
+        )
+        state = engine_pb2.ADMISSION_STATE_FULL if is_full else engine_pb2.ADMISSION_STATE_OPEN
+        if self._engine.refusal is not None or self._status.state != pb.SERVER_STATE_SERVING:
+            state = engine_pb2.ADMISSION_STATE_CLOSED
+        return engine_pb2.EngineLoad(
+            running_requests=load.num_running,
+            waiting_requests=load.num_waiting,
+            kv_cache_usage=load.kv_usage,
+            waiting_prompt_tokens=load.waiting_prompt_tokens,
+            admission_state=state,
+        )
+
+    def _served_model(self) -> ServedModel:
+        if self._model is None:
+            raise errors.unavailable(names.LOADING, "the model is loading", 1.0)
+        return self._model
+
+    def _read_side_files(self) -> tuple[SamplingDefaults, bytes | None]:
+        tokenizer = self._settings.tokenizer or self._settings.model
+        return read_sampling_defaults(self._settings.model), tokenizer_fingerprint(tokenizer)
+
+    def _facts(self) -> Facts:
+        settings, engine = self._settings, self._engine
+        return Facts(
+            model_name=settings.served_name,
+            block_size=settings.block_size,
+            num_blocks=self._num_blocks,
+            rejections=dict(engine.rejections),
+            snapshot=engine.statistics,
+        )
+
+
+class _LoadingLog:
+    """Logs how far the weights are, once a second."""
+
+    def __init__(self) -> None:
+        self._logged = time.monotonic()
+
+    def __call__(self, loaded: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._logged >= PROGRESS_SECONDS or loaded == total:
+            self._logged = now
+            log.info("loading weights", percent=round(100 * loaded / max(total, 1)))

@@ -1,0 +1,87 @@
+"""The engine's settings: what an operator can say, resolved into the core's `EngineConfig`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from nanoinfer_common.config import ServiceSettings
+from pydantic import ByteSize, Field, model_validator
+
+from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.watchdog import Patience
+
+
+class EngineSettings(ServiceSettings):
+    """Flags, environment and file of `python -m nanoinfer_engine`; `--model` alone is required."""
+
+    port: int = Field(50053, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    model: Path = Field(description="Model directory, or a .pt checkpoint.")
+    model_name: str | None = Field(
+        None, min_length=1, max_length=128, description="Name that requests give; its file name."
+    )
+    tokenizer: Path | None = Field(
+        None, description="Tokenizer of a model that brings none; only its fingerprint is used."
+    )
+    device: str = Field("cpu", description="Device to run on.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Number format of the computation."
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="Threads of a step on the CPU.")
+    kv_cache_memory: ByteSize = Field(
+        ByteSize(256 * 1024**2), gt=0, description="Memory for the KV cache, such as 256MiB."
+    )
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens per block of the KV cache.")
+    max_model_len: int | None = Field(
+        None, ge=2, description="Most tokens of prompt and completion; what the model allows."
+    )
+    max_batch_tokens: int = Field(512, ge=1, description="Most tokens computed in one step.")
+    max_batch_requests: int = Field(64, ge=1, description="Most completions in one step.")
+    max_waiting_requests: int = Field(256, ge=1, description="Most completions in the queue.")
+    max_waiting_tokens: int = Field(1_000_000, ge=1, description="Most prompt tokens in the queue.")
+    stall_seconds: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time without a finished step after which the engine reports NOT_SERVING.",
+    )
+    reader_stall_seconds: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time after which a client that does not read loses its stream.",
+    )
+    max_buffered_tokens: int = Field(
+        4096, ge=1, description="Unread tokens of a stream from which that time counts."
+    )
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Self:
+        if self.max_batch_requests > self.max_batch_tokens:
+            raise ValueError("max_batch_requests is more than max_batch_tokens")
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """The name that requests give."""
+        return self.model_name or self.model.resolve().stem
+
+    def engine_config(self) -> EngineConfig:
+        """What the core is built from."""
+        return EngineConfig(
+            model_path=self.model,
+            device=self.device,
+            dtype=self.dtype,
+            num_threads=self.threads,
+            kv_cache_bytes=int(self.kv_cache_memory),
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            max_batch_tokens=self.max_batch_tokens,
+            max_batch_requests=self.max_batch_requests,
+            max_waiting_requests=self.max_waiting_requests,
+            max_waiting_tokens=self.max_waiting_tokens,
+        )
+
+    def patience(self) -> Patience:
+        """How long the engine waits for steps and readers."""
+        return Patience(self.stall_seconds, self.reader_stall_seconds, self.max_buffered_tokens)

@@ -1,0 +1,167 @@
+"""What the engine counts: plain numbers that the step loop writes and other threads read.
+
+The step loop is the only writer. After each step it publishes `snapshot()`, which is complete and
+never changes again, so that a scrape waits for no lock and sees counters that balance.
+Times are in seconds. Knows nothing of Prometheus.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nanoinfer_engine.batch import Batch
+from nanoinfer_engine.capacity import Load
+from nanoinfer_engine.request import FinishReason, Request, RequestOutput
+
+NANOSECONDS = 1e-9
+
+
+@dataclass(frozen=True)
+class HistogramSnapshot:
+    """Observations per bucket (not cumulative, the last one beyond every bound) and their sum."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+class Histogram:
+    """Counts observations per bucket; `bounds` are inclusive upper bounds, ascending."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start empty."""
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one observation."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+
+    def snapshot(self) -> HistogramSnapshot:
+        """Copy the present state."""
+        return HistogramSnapshot(self._bounds, tuple(self._counts), self._total)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Bounds for the histograms, by what they measure."""
+
+    time_to_first_token: Sequence[float]
+    time_per_token: Sequence[float]
+    phase: Sequence[float]
+    num_tokens: Sequence[float]
+    step: Sequence[float]
+    batch_size: Sequence[float]
+    choices: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything at one moment. `histograms` and `counters` are keyed by the engine's own names.
+
+    `finished` counts ended requests by reason; accepted = sum(finished) + live requests, always.
+    """
+
+    load: Load = field(default_factory=Load)
+    counters: dict[str, int] = field(default_factory=dict)
+    finished: dict[FinishReason, int] = field(default_factory=dict)
+    histograms: dict[str, HistogramSnapshot] = field(default_factory=dict)
+    last_step: int | None = None
+    tokens_per_second: float = 0.0
+
+
+class Statistics:
+    """The running totals. For the engine thread alone, but for the snapshots it hands out."""
+
+    def __init__(self, buckets: Buckets) -> None:
+        """Start at zero."""
+        self._counters = dict.fromkeys(
+            ("accepted", "prompt_tokens", "completion_tokens", "preemptions"), 0
+        )
+        self._finished = dict.fromkeys(FinishReason, 0)
+        phases = ("end_to_end", "queue", "prefill", "decode", "inference")
+        lengths = ("prompt_length", "completion_length", "max_tokens", "max_length", "step_tokens")
+        self._histograms = {
+            "time_to_first_token": Histogram(buckets.time_to_first_token),
+            "inter_token": Histogram(buckets.time_per_token),
+            "time_per_token": Histogram(buckets.time_per_token),
+            **{name: Histogram(buckets.phase) for name in phases},
+            **{name: Histogram(buckets.num_tokens) for name in lengths},
+            "step": Histogram(buckets.step),
+            "batch_size": Histogram(buckets.batch_size),
+            "choices": Histogram(buckets.choices),
+        }
+        self._last_step: int | None = None
+        self._tokens_per_second = 0.0
+
+    def record_accepted(self, requests: Sequence[Request]) -> None:
+        """Count the completions of one client's request."""
+        self._counters["accepted"] += len(requests)
+        self._histograms["choices"].observe(len(requests))
+        self._histograms["max_tokens"].observe(requests[0].stopping.max_tokens)
+
+    def record_step(self, batch: Batch, started: int, finished: int) -> None:
+        """Count one step; its bounds are monotonic nanoseconds."""
+        seconds = max(finished - started, 1) * NANOSECONDS
+        self._histograms["step"].observe(seconds)
+        self._histograms["batch_size"].observe(len(batch.rows))
+        self._histograms["step_tokens"].observe(batch.num_tokens)
+        self._last_step = finished
+        # An average over about the last ten steps; it only feeds the estimate of RetryInfo.
+        rate = batch.num_tokens / seconds
+        past = self._tokens_per_second
+        self._tokens_per_second = rate if past == 0 else 0.9 * past + 0.1 * rate
+
+    def record_outputs(self, outputs: Sequence[RequestOutput]) -> None:
+        """Count what a step gave its requests."""
+        for output in outputs:
+            request = output.request
+            if output.tokens or output.stop_token_id is not None:
+                self._record_token(request)
+            if output.finish_reason is not None:
+                self._record_end(request, output.finish_reason)
+
+    def snapshot(self, load: Load, num_preemptions: int) -> Snapshot:
+        """Copy everything, with what the scheduler counts itself; some 10 µs, so once a step."""
+        self._counters["preemptions"] = num_preemptions
+        return Snapshot(
+            load=load,
+            counters=dict(self._counters),
+            finished=dict(self._finished),
+            histograms={name: value.snapshot() for name, value in self._histograms.items()},
+            last_step=self._last_step,
+            tokens_per_second=self._tokens_per_second,
+        )
+
+    def _record_token(self, request: Request) -> None:
+        self._counters["completion_tokens"] += 1
+        if request.times.token_gap is None:
+            self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+        else:
+            self._histograms["inter_token"].observe(request.times.token_gap * NANOSECONDS)
+
+    def _record_end(self, request: Request, reason: FinishReason) -> None:
+        self._finished[reason] += 1
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            return
+        phases = request.times.phases()
+        num_tokens = len(request.completion_token_ids)
+        observations = {
+            "time_to_first_token": (phases.queue + phases.prefill) * NANOSECONDS,
+            "queue": phases.queue * NANOSECONDS,
+            "prefill": phases.prefill * NANOSECONDS,
+            "decode": phases.decode * NANOSECONDS,
+            "inference": (phases.prefill + phases.decode) * NANOSECONDS,
+            "end_to_end": phases.total * NANOSECONDS,
+            "prompt_length": len(request.prompt_token_ids),
+            "completion_length": num_tokens,
+            "max_length": num_tokens,
+        }
+        if num_tokens > 1:
+            observations["time_per_token"] = phases.decode * NANOSECONDS / (num_tokens - 1)
+        for name, value in observations.items():
+            self._histograms[name].observe(value)

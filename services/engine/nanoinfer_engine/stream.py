@@ -1,0 +1,171 @@
+"""The event loop's end of the requests: what the engine produced and nobody took yet.
+
+Lives on the event loop alone. A `Stream` holds all completions of one client's request; outputs
+join its buffer as the engine delivers them and leave together when the reader takes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+from nanoinfer_engine.errors import StalledReaderError
+from nanoinfer_engine.request import FinishReason, Request, RequestOutput
+
+
+class Cancel(Protocol):
+    """How a stream tells the engine to end requests, with an error if one is to blame."""
+
+    def __call__(self, requests: tuple[Request, ...], error: Exception | None = None) -> None:
+        """End `requests` before the next outputs."""
+
+
+class Stream:
+    """An async iterator of lists of outputs, each as much as has piled up; `close` cancels.
+
+    After the last output of its last request the iteration ends. A reader that wants to pause
+    between knowing and taking calls `wait` and `take` itself.
+    """
+
+    def __init__(self, requests: Sequence[Request], cancel: Cancel) -> None:
+        """`cancel` is called at most once, by `close`."""
+        self.requests = tuple(requests)
+        self.num_buffered_tokens = 0
+        self.full_since: int | None = None
+        self.is_aborted = False
+        self._cancel = cancel
+        self._closed = False
+        self._num_live = len(self.requests)
+        self._buffer: list[RequestOutput] = []
+        self._arrived = asyncio.Event()
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the engine still works for it."""
+        return self._num_live > 0
+
+    @property
+    def slowest_request(self) -> Request:
+        """The completion that ended last; its phases stand for the whole stream."""
+        return max(self.requests, key=lambda request: request.times.finished or 0)
+
+    def deliver(self, output: RequestOutput) -> None:
+        """Add one output; after `close` only the ends are counted."""
+        if output.finish_reason is not None:
+            self._num_live -= 1
+            self.is_aborted |= output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)
+        if not self._closed:
+            self._buffer.append(output)
+            self.num_buffered_tokens += len(output.tokens)
+            self._arrived.set()
+        if not self.is_live:
+            self._ended.set_result(None)
+
+    async def wait(self) -> bool:
+        """Wait until there is something to take; False once everything has been taken."""
+        if not self._buffer and not self.is_live:
+            return False
+        await self._arrived.wait()
+        return True
+
+    def take(self) -> list[RequestOutput]:
+        """Empty the buffer."""
+        outputs, self._buffer = self._buffer, []
+        self._arrived.clear()
+        self.num_buffered_tokens = 0
+        self.full_since = None
+        return outputs
+
+    def when_ended(self, callback: Callable[[Stream], None]) -> None:
+        """Call `callback` once the engine has let go of every request: their blocks are free."""
+        self._ended.add_done_callback(lambda _: callback(self))
+
+    def close(self) -> None:
+        """Stop reading: what is live is cancelled, what is buffered is dropped. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._buffer.clear()
+        if self.is_live:
+            self._cancel(self.requests)
+
+    async def aclose(self) -> None:
+        """Close, as an async generator would."""
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[list[RequestOutput]]:
+        """Iterate over what piles up."""
+        return self
+
+    async def __anext__(self) -> list[RequestOutput]:
+        """Everything that arrived since the call before; waits if that is nothing."""
+        if self._closed or not await self.wait():
+            raise StopAsyncIteration
+        return self.take()
+
+
+class Streams:
+    """Every stream the engine still works for, by request; routes outputs and ends slow readers."""
+
+    def __init__(self, cancel: Cancel, max_buffered_tokens: int, reader_seconds: float) -> None:
+        """A reader with more than `max_buffered_tokens` unread for `reader_seconds` is ended."""
+        self._cancel = cancel
+        self._max_buffered_tokens = max_buffered_tokens
+        self._reader_nanoseconds = int(reader_seconds * 1e9)
+        self._streams: dict[Request, Stream] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the engine works for nobody."""
+        return not self._streams
+
+    def open(self, requests: Sequence[Request]) -> Stream:
+        """A stream for requests that the engine has just taken."""
+        stream = Stream(requests, self._cancel)
+        self._streams.update(dict.fromkeys(requests, stream))
+        self._empty.clear()
+        return stream
+
+    def deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """Route a step's outputs to their streams."""
+        for output in outputs:
+            stream = self._streams.get(output.request)
+            if stream is None:  # abandoned
+                continue
+            stream.deliver(output)
+            if output.finish_reason is not None:
+                del self._streams[output.request]
+            if stream.num_buffered_tokens > self._max_buffered_tokens:
+                self._check_reader(stream)
+        if not self._streams:
+            self._empty.set()
+
+    def cancel_all(self, error: Exception) -> None:
+        """Have the engine end everything with `error`."""
+        self._cancel(tuple(self._streams), error)
+
+    def abandon(self, error: Exception) -> None:
+        """End every stream from here, because the engine cannot any more."""
+        self.deliver(
+            [
+                RequestOutput(request, finish_reason=FinishReason.ERROR, error=error)
+                for request in self._streams
+            ]
+        )
+
+    async def wait_empty(self) -> None:
+        """Wait until every request has ended."""
+        await self._empty.wait()
+
+    def _check_reader(self, stream: Stream) -> None:
+        now = time.monotonic_ns()
+        if stream.full_since is None:
+            stream.full_since = now
+        elif now - stream.full_since > self._reader_nanoseconds:
+            error = StalledReaderError(f"{stream.num_buffered_tokens} tokens were left unread")
+            self._cancel(stream.requests, error)

@@ -1,0 +1,67 @@
+"""What a trace shows of a request: spans and attributes built from the times stamped on it.
+
+Nothing here runs in the step loop, and there is never a span or an event for a token. With several
+completions the spans are those of the one that ended last.
+"""
+
+from __future__ import annotations
+
+import time
+
+from nanoinfer_common import names
+from nanoinfer_common.telemetry import SpanEvent, record_span
+from opentelemetry.trace import SpanContext
+from opentelemetry.util.types import AttributeValue
+
+from nanoinfer_engine.request import Request
+from nanoinfer_engine.statistics import NANOSECONDS
+from nanoinfer_engine.stream import Stream
+
+
+def record_phases(stream: Stream, parent: SpanContext) -> None:
+    """Record queue, prefill and decode of a stream that has ended, as far as it came.
+
+    A phase that the request never reached has no span; the one it was ended in says so.
+    """
+    request = stream.slowest_request
+    times, phases = request.times, request.times.phases()
+    to_wall_clock = time.time_ns() - time.monotonic_ns()
+    begin = times.arrived + to_wall_clock
+    scheduled, first_token = begin + phases.queue, begin + phases.queue + phases.prefill
+    end = begin + phases.total
+    waiting = {names.QUEUE_WAITING_AT_ARRIVAL: request.num_waiting_at_arrival}
+    chunks = {names.PREFILL_CACHED_TOKENS: 0, names.PREFILL_CHUNKS: request.num_prefill_chunks}
+    spans: list[tuple[str, int, int, dict[str, int]]] = [
+        (names.SPAN_QUEUE, begin, scheduled, waiting)
+    ]
+    if times.scheduled is not None:
+        spans.append((names.SPAN_PREFILL, scheduled, first_token, chunks))
+    if times.first_token is not None:
+        spans.append((names.SPAN_DECODE, first_token, end, {}))
+    events = [SpanEvent(name, at + to_wall_clock) for name, at in request.events]
+    if times.first_token is not None:
+        events.append(SpanEvent(names.EVENT_FIRST_TOKEN, first_token))
+    if stream.is_aborted:
+        events.append(SpanEvent(names.EVENT_ABORTED, end))
+    for name, start, stop, attributes in spans:
+        # An event belongs to the first span that it fits into.
+        here = [event for event in events if event.time <= stop or stop == end]
+        events = [event for event in events if event not in here]
+        record_span(name, start, stop, attributes=attributes, events=here, parent=parent)
+
+
+def latency_attributes(request: Request) -> dict[str, AttributeValue]:
+    """What the engine's server span says of a request that has ended; times in seconds."""
+    phases = request.times.phases()
+    return {
+        names.LATENCY_QUEUE: phases.queue * NANOSECONDS,
+        names.LATENCY_FIRST_TOKEN: (phases.queue + phases.prefill) * NANOSECONDS,
+        names.LATENCY_PREFILL: phases.prefill * NANOSECONDS,
+        names.LATENCY_DECODE: phases.decode * NANOSECONDS,
+        names.LATENCY_INFERENCE: (phases.prefill + phases.decode) * NANOSECONDS,
+        names.LATENCY_E2E: phases.total * NANOSECONDS,
+        names.ENGINE_BATCH_MAX: request.max_batch_size,
+        names.ENGINE_STEP_COUNT: request.num_steps,
+        names.ENGINE_PREEMPTIONS: request.num_preemptions,
+        names.ENGINE_KV_BLOCKS: request.max_blocks,
+    }
