@@ -215,12 +215,17 @@ def request_id() -> str:
 
 def set_request_id(value: str) -> None:
     """Labels the running RPC: its span, its log entries and its trailing metadata."""
-    _request_id.set(value)
-    structlog.contextvars.bind_contextvars(request_id=value)
-    set_attributes({names.SPAN_REQUEST_ID: value})
+    if _request_id.get():
+        _label(value)
 
 
 def enter_rpc(span: trace.Span, label: str) -> None:
     """Makes `span` the server span of this task. Called once by the server interceptor."""
     _server_span.set(span)
-    set_request_id(label)
+    _label(label)
+
+
+def _label(value: str) -> None:
+    _request_id.set(value)
+    structlog.contextvars.bind_contextvars(request_id=value)
+    set_attributes({names.SPAN_REQUEST_ID: value})
