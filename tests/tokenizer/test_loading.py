@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nanoinfer_tokenizer.encodings import TokenizerFileError
+from nanoinfer_tokenizer.encodings import Frame, TokenizerFileError
 from nanoinfer_tokenizer.loading import RankFileOptions, load_tokenizer
 from nanoinfer_tokenizer.patterns import PATTERNS
+from transformers import PreTrainedTokenizerFast
 
 from tests.tokenizer.test_encodings import corpus
-from tests.tokenizer.tiny_tokenizers import train
+from tests.tokenizer.tiny_tokenizers import make_tokenizer, train
 
 Directories = Callable[[str], Path]
 
@@ -106,7 +107,7 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerFileError, match="cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(TokenizerFileError, match="not a JSON object"):
+    with pytest.raises(TokenizerFileError, match="JSON object"):
         load_tokenizer(tmp_path)
 
 
@@ -184,8 +185,21 @@ def test_what_is_put_around_a_text(
 ) -> None:
     file = model / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": post_processor}))
-    info = load_tokenizer(model).encoding.info
-    assert (info.prefix, info.suffix) == (prefix, suffix)
+    assert load_tokenizer(model).frame == Frame(prefix, suffix)
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize("eos", [{}, {"add_eos_token": True}, {"add_eos_token": False}])
+@pytest.mark.parametrize("family", ["qwen2", "llama3"])
+def test_the_post_processor_decides_what_is_put_around_a_text_whatever_the_flags(
+    flags: dict[str, bool], eos: dict[str, bool], family: str, tmp_path: Path
+) -> None:
+    make_tokenizer(tmp_path, family)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | flags | eos))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    assert ours.frame.around(ours.encoding.encode("Hi")) == theirs.encode("Hi")
 
 
 def test_every_pattern_takes_every_character(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from nanoinfer_tokenizer.document import (
     byte_level_bytes,
     flatten,
     read_added_tokens,
-    read_frame,
     read_merges,
 )
 from nanoinfer_tokenizer.encodings import (
@@ -105,7 +104,6 @@ def spec_from_document(document: Document) -> ByteLevelSpec:
     ranks = convert_ranks(
         pieces, read_merges(model), ignore_merges=bool(model.get("ignore_merges"))
     )
-    prefix, suffix = read_frame(document)
     table = {
         token_id: byte_level_bytes(piece) or piece.encode() for piece, token_id in pieces.items()
     }
@@ -114,7 +112,7 @@ def spec_from_document(document: Document) -> ByteLevelSpec:
         ranks=ranks,
         added_tokens=added_tokens,
         vocabulary=build_vocabulary(table, added_tokens),
-        info=EncodingInfo("tiktoken", f"byte-level BPE, pattern {pattern}", prefix, suffix),
+        info=EncodingInfo("tiktoken", f"byte-level BPE, pattern {pattern}"),
         nfc=bool(normalizer),
     )
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nanoinfer_tokenizer.encodings import AddedToken, TokenizerFileError, Vocabulary
+from nanoinfer_tokenizer.encodings import AddedToken, Frame, TokenizerFileError, Vocabulary
 
 Document = Mapping[str, Any]
 
@@ -62,8 +62,8 @@ def read_added_tokens(document: Document) -> list[AddedToken]:
         raise TokenizerFileError("added_tokens has an entry of unknown form") from error
 
 
-def read_frame(document: Document) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Reads which ids the post-processor puts before and after a single text.
+def read_frame(document: Document) -> Frame:
+    """Reads what the post-processor puts around a single text.
 
     Raises `TokenizerFileError` for a post-processor that does more than that.
     """
@@ -79,8 +79,8 @@ def read_frame(document: Document) -> tuple[tuple[int, ...], tuple[int, ...]]:
             continue
         else:
             raise TokenizerFileError(f"post-processor {kind} is unknown")
-        prefix[:0], suffix[len(suffix) :] = before, after
-    return tuple(prefix), tuple(suffix)
+        prefix, suffix = before + prefix, suffix + after
+    return Frame(tuple(prefix), tuple(suffix))
 
 
 def _template_frame(step: Document) -> tuple[list[int], list[int]]:

@@ -97,13 +97,23 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """The ids that a model's tokenizer puts around a whole text, such as BOS."""
+
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+    def around(self, token_ids: Sequence[int]) -> list[int]:
+        """Gives the framed ids."""
+        return [*self.prefix, *token_ids, *self.suffix]
+
+
+@dataclass(frozen=True, slots=True)
 class EncodingInfo:
-    """Says what encodes and why. `prefix` and `suffix` are the ids put around a whole text."""
+    """Says what encodes (`tiktoken` or `tokenizers`) and why."""
 
     backend: str
     reason: str
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
 
 
 class Encoding(Protocol):
@@ -123,11 +133,6 @@ class Encoding(Protocol):
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Encodes plain text. `continues` says that something stood before it in the input."""
-
-
-def encode_framed(encoding: Encoding, text: str) -> list[int]:
-    """Encodes plain text and puts the model's frame, such as BOS, around it."""
-    return [*encoding.info.prefix, *encoding.encode(text), *encoding.info.suffix]
 
 
 def encode_with_special(

@@ -18,7 +18,6 @@ from nanoinfer_tokenizer.document import (
     byte_level_bytes,
     flatten,
     read_added_tokens,
-    read_frame,
     read_merges,
     spelled_bytes,
 )
@@ -42,7 +41,7 @@ class LibraryEncoding:
         added_tokens = read_added_tokens(document)
         special = [token for token in added_tokens if token.special]
         plain = _without_special(document, {token.content for token in special})
-        self.info = EncodingInfo("tokenizers", reason, *read_frame(document))
+        self.info = EncodingInfo("tokenizers", reason)
         self.special = AddedTokens(special)
         text = json.dumps(plain)
         # "first" means the first word of the input, not of each run between special tokens.

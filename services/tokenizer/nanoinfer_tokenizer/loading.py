@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoinfer_common.fingerprint import find_tokenizer
+
 from nanoinfer_tokenizer.byte_level import (
     ByteLevelEncoding,
     UnrepresentableError,
     spec_from_document,
     spec_from_ranks,
 )
-from nanoinfer_tokenizer.encodings import Encoding, TokenizerFileError
+from nanoinfer_tokenizer.document import read_frame
+from nanoinfer_tokenizer.encodings import Encoding, Frame, TokenizerFileError
 from nanoinfer_tokenizer.library import LibraryEncoding
 from nanoinfer_tokenizer.patterns import RANK_FILE_SPECIAL_TOKENS
 
@@ -39,24 +42,11 @@ class LoadedTokenizer:
     """A model's tokenizer. `template_tokens` are the names that its chat template may use."""
 
     name: str
-    path: Path
     encoding: Encoding
+    frame: Frame
     eos_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
     template_tokens: Mapping[str, Any] = field(default_factory=dict)
-
-
-def find_tokenizer(path: Path) -> Path:
-    """Gives the tokenizer file in a directory, or the file itself. Raises `TokenizerFileError`."""
-    if not path.is_dir():
-        if path.is_file() and path.suffix in (".json", ".tiktoken"):
-            return path
-        raise TokenizerFileError(f"{path} is no directory, tokenizer.json or .tiktoken file")
-    candidates = [path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise TokenizerFileError(f"{path} holds neither tokenizer.json nor a .tiktoken file")
-    return found
 
 
 def load_tokenizer(path: Path, rank_file: RankFileOptions | None = None) -> LoadedTokenizer:
@@ -64,19 +54,21 @@ def load_tokenizer(path: Path, rank_file: RankFileOptions | None = None) -> Load
 
     Raises `TokenizerFileError` for files that are missing, damaged or of no servable kind.
     """
-    file = find_tokenizer(path)
     try:
+        file = find_tokenizer(path)
+        if file is None:
+            raise TokenizerFileError(f"{path} holds neither tokenizer.json nor a .tiktoken file")
         if file.suffix == ".tiktoken":
             encoding: Encoding = _load_ranks(file, rank_file or RankFileOptions())
-        elif rank_file is not None:
+            return _with_neighbours(path, file, encoding, Frame())
+        if rank_file is not None:
             raise TokenizerFileError(f"{file.name} brings its own pattern and special tokens")
-        else:
-            encoding = _load_document(_read_object(file))
-        return _with_neighbours(path.resolve(), file, encoding)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, TokenizerFileError):
-            raise
-        raise TokenizerFileError(f"{file.name} is damaged: {error!r}") from error
+        document = _read_object(file)
+        return _with_neighbours(path, file, _load_document(document), read_frame(document))
+    except TokenizerFileError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        raise TokenizerFileError(f"the tokenizer at {path} cannot be read: {error!r}") from error
 
 
 def _load_document(document: Mapping[str, Any]) -> Encoding:
@@ -98,23 +90,20 @@ def _load_ranks(file: Path, options: RankFileOptions) -> Encoding:
     return ByteLevelEncoding(spec_from_ranks(ranks, options.pattern, special_tokens))
 
 
-def _with_neighbours(path: Path, file: Path, encoding: Encoding) -> LoadedTokenizer:
+def _with_neighbours(path: Path, file: Path, encoding: Encoding, frame: Frame) -> LoadedTokenizer:
     """Adds what the files beside `file` say."""
     directory = file.parent
     config = _read_object(directory / "tokenizer_config.json", optional=True)
-    named = {**_read_object(directory / "special_tokens_map.json", optional=True), **config}
-    template_tokens = {
-        name: _token_text(value)
-        for name, value in named.items()
-        if name.endswith("_token") and isinstance(_token_text(value), str)
-    }
+    named = {name: _token_text(value) for name, value in config.items() if name.endswith("_token")}
+    tokens = {name: text for name, text in named.items() if isinstance(text, str)}
+    path = path.resolve()
     return LoadedTokenizer(
         name=path.name if path.is_dir() else path.stem,
-        path=path,
         encoding=encoding,
-        eos_token_ids=_eos_token_ids(directory, encoding, template_tokens.get("eos_token")),
+        frame=frame,
+        eos_token_ids=_eos_token_ids(directory, encoding, tokens.get("eos_token")),
         chat_template=_chat_template(directory, config),
-        template_tokens=template_tokens,
+        template_tokens=tokens,
     )
 
 

@@ -1,0 +1,296 @@
+"""The tokenizer's RPCs: proto to core and back."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+import structlog
+from nanoinfer.v1 import tokenizer_pb2 as pb
+from nanoinfer.v1 import tokenizer_pb2_grpc
+from nanoinfer.v1.generation_pb2 import TokenIds
+from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common.errors import ServiceError, Violation
+from nanoinfer_common.fingerprint import tokenizer_fingerprint
+from nanoinfer_common.status import ServiceStatus
+from nanoinfer_common.validation import validate_messages
+
+from nanoinfer_tokenizer import checks
+from nanoinfer_tokenizer.chat import ChatRenderer, Message, RenderedChat
+from nanoinfer_tokenizer.encodings import (
+    Encoding,
+    Frame,
+    TokenizerFileError,
+    UnknownTokenIdError,
+    Vocabulary,
+    encode_with_special,
+)
+from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
+from nanoinfer_tokenizer.settings import TokenizerSettings
+from nanoinfer_tokenizer.streaming import StreamDecoder
+from nanoinfer_tokenizer.template_process import TemplateRefusedError, TemplateTimeoutError
+from nanoinfer_tokenizer.work import Metrics, WorkPool
+
+_VOCABULARY_RUN = 16_384  # tokens in one message of GetVocabulary: a few hundred KiB
+
+# grpc-stubs leave the context's type parameters to the reader.
+Context: TypeAlias = Any
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What is served once it is loaded."""
+
+    tokenizer: LoadedTokenizer
+    fingerprint: bytes
+    chat: ChatRenderer | None
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.tokenizer.encoding
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.tokenizer.encoding.vocabulary
+
+
+class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
+    """Serves one model's tokenizer."""
+
+    name = "nanoinfer-tokenizer"
+    full_name = "nanoinfer.v1.TokenizerService"
+
+    def __init__(self, settings: TokenizerSettings, status: ServiceStatus) -> None:
+        """Remembers what to serve; `start` loads it."""
+        self._settings = settings
+        self._status = status
+        self._metrics = Metrics()
+        self.registry = self._metrics.registry
+        bound = settings.max_pending
+        self._coding = WorkPool(settings.num_threads, bound, self._metrics)
+        # Apart, so that slow templates hold nobody else up.
+        self._rendering = WorkPool(settings.num_template_workers, bound, self._metrics)
+        self._loaded: _Served | None = None
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the handlers."""
+        tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(self, server)
+
+    async def start(self) -> None:
+        """Loads the tokenizer and its chat template. Raises `TokenizerFileError`."""
+        loaded = self._loaded = await asyncio.to_thread(_load, self._settings)
+        info = loaded.encoding.info
+        log.info(
+            "tokenizer", tokenizer=loaded.tokenizer.name, backend=info.backend, reason=info.reason
+        )
+
+    async def drain(self, seconds: float) -> None:
+        """Has nothing to do: the server waits for running calls, and no work outlives its call."""
+
+    async def stop(self) -> None:
+        """Ends threads and template processes."""
+        await asyncio.to_thread(self._coding.close)
+        await asyncio.to_thread(self._rendering.close)
+        if self._loaded is not None and self._loaded.chat is not None:
+            await asyncio.to_thread(self._loaded.chat.close)
+
+    async def Encode(
+        self, request: pb.TokenizerServiceEncodeRequest, context: Context
+    ) -> pb.TokenizerServiceEncodeResponse:
+        """Encodes one text."""
+        checks.check_text(request.text, self._settings.max_characters)
+        (token_ids,) = await self._encode(
+            [request.text], checks.given_or(request, "add_special_tokens", True)
+        )
+        return pb.TokenizerServiceEncodeResponse(
+            tokens=TokenIds(ids=token_ids), tokenizer_fingerprint=self._served.fingerprint
+        )
+
+    async def EncodeBatch(
+        self, request: pb.TokenizerServiceEncodeBatchRequest, context: Context
+    ) -> pb.TokenizerServiceEncodeBatchResponse:
+        """Encodes several texts."""
+        settings = self._settings
+        checks.check_texts(request.texts, settings.max_batch_texts, settings.max_characters)
+        encoded = await self._encode(
+            list(request.texts), checks.given_or(request, "add_special_tokens", True)
+        )
+        return pb.TokenizerServiceEncodeBatchResponse(
+            tokens=[TokenIds(ids=token_ids) for token_ids in encoded],
+            tokenizer_fingerprint=self._served.fingerprint,
+        )
+
+    async def RenderChat(
+        self, request: pb.TokenizerServiceRenderChatRequest, context: Context
+    ) -> pb.TokenizerServiceRenderChatResponse:
+        """Renders a conversation and encodes it."""
+        if self._served.chat is None:
+            raise errors.precondition(names.NO_CHAT_TEMPLATE, "the model has no chat template")
+        validate_messages(request.messages)
+        messages = [
+            Message(message.role, "".join(part.text for part in message.content))
+            for message in request.messages
+        ]
+        add_prompt = checks.given_or(request, "add_generation_prompt", True)
+        rendered = await self._render(self._served.chat, messages, add_prompt)
+        token_ids = await self._code(partial(self._encode_rendered, rendered))
+        return pb.TokenizerServiceRenderChatResponse(
+            tokens=TokenIds(ids=token_ids),
+            tokenizer_fingerprint=self._served.fingerprint,
+            text=rendered.text if request.return_text else None,
+        )
+
+    async def Decode(
+        self, request: pb.TokenizerServiceDecodeRequest, context: Context
+    ) -> pb.TokenizerServiceDecodeResponse:
+        """Decodes ids."""
+        token_ids = checks.check_token_ids(request.tokens, self._settings.max_characters)
+        skip_special = checks.given_or(request, "skip_special_tokens", True)
+        decoder = StreamDecoder(self._served.vocabulary, skip_special=skip_special)
+        text = await self._code(partial(decoder.push, token_ids))
+        return pb.TokenizerServiceDecodeResponse(text=text + decoder.finish())
+
+    async def DecodeStream(
+        self,
+        request_iterator: AsyncIterator[pb.TokenizerServiceDecodeStreamRequest],
+        context: Context,
+    ) -> AsyncIterator[pb.TokenizerServiceDecodeStreamResponse]:
+        """Decodes ids as they come."""
+        decoder: StreamDecoder | None = None
+        skip_special = True
+        with self._metrics.decode_streams.track_inprogress():
+            async for request in request_iterator:
+                wanted = checks.given_or(request, "skip_special_tokens", skip_special)
+                if decoder is None:
+                    skip_special = wanted
+                    decoder = StreamDecoder(self._served.vocabulary, skip_special=skip_special)
+                elif wanted != skip_special:
+                    violation = Violation("skip_special_tokens", "the first message's value")
+                    raise errors.invalid(names.INVALID_REQUEST, "changed in the stream", violation)
+                token_ids = checks.check_token_ids(request.tokens, self._settings.max_characters)
+                text = await self._code(partial(decoder.push, token_ids))
+                yield pb.TokenizerServiceDecodeStreamResponse(text=text)
+            if decoder is not None and (rest := decoder.finish()):
+                yield pb.TokenizerServiceDecodeStreamResponse(text=rest)
+
+    async def GetVocabulary(
+        self, request: pb.TokenizerServiceGetVocabularyRequest, context: Context
+    ) -> AsyncIterator[pb.TokenizerServiceGetVocabularyResponse]:
+        """Streams the vocabulary in runs of consecutive ids."""
+        tokens, special = self._served.vocabulary.tokens, self._served.vocabulary.special
+        for first in range(0, len(tokens), _VOCABULARY_RUN):
+            run = tokens[first : first + _VOCABULARY_RUN]
+            yield pb.TokenizerServiceGetVocabularyResponse(
+                first_token_id=first,
+                tokens=run,
+                special_token_ids=sorted(i for i in special if first <= i < first + len(run)),
+                vocab_size=len(tokens),
+                tokenizer_fingerprint=self._served.fingerprint,
+            )
+
+    async def GetTokenizerInfo(
+        self, request: pb.TokenizerServiceGetTokenizerInfoRequest, context: Context
+    ) -> pb.TokenizerServiceGetTokenizerInfoResponse:
+        """Describes the tokenizer."""
+        served = self._served
+        return pb.TokenizerServiceGetTokenizerInfoResponse(
+            name=served.tokenizer.name,
+            vocab_size=len(served.vocabulary.tokens),
+            special_tokens=served.vocabulary.special,
+            eos_token_ids=served.tokenizer.eos_token_ids,
+            max_characters=self._settings.max_characters,
+            max_batch_texts=self._settings.max_batch_texts,
+            tokenizer_fingerprint=served.fingerprint,
+            has_chat_template=served.chat is not None,
+            backend=served.encoding.info.backend,
+        )
+
+    async def GetServerInfo(
+        self, request: pb.TokenizerServiceGetServerInfoRequest, context: Context
+    ) -> pb.TokenizerServiceGetServerInfoResponse:
+        """Describes the server."""
+        return pb.TokenizerServiceGetServerInfoResponse(server=self._status.info())
+
+    @property
+    def _served(self) -> _Served:
+        if self._loaded is None:
+            raise errors.unavailable(names.LOADING, "loading")
+        return self._loaded
+
+    async def _encode(self, texts: Sequence[str], framed: bool) -> list[list[int]]:
+        telemetry.set_attributes({names.PROMPT_CHARS: sum(map(len, texts))})
+        tokenizer = self._served.tokenizer
+        frame = tokenizer.frame if framed else Frame()
+
+        def encode(text: str) -> list[int]:
+            return frame.around(tokenizer.encoding.encode(text))
+
+        return await self._code(lambda: [self._measure(partial(encode, text)) for text in texts])
+
+    async def _render(
+        self, chat: ChatRenderer, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> RenderedChat:
+        num_characters = sum(len(message.content) for message in messages)
+        checks.check_size("messages", "characters", num_characters, self._settings.max_characters)
+        attributes = {names.PROMPT_CHARS: num_characters}
+        telemetry.set_attributes(attributes)
+        with telemetry.tracer().start_as_current_span(
+            names.SPAN_RENDER_PROMPT, attributes=attributes, record_exception=False
+        ):
+            try:
+                return await self._rendering.run(
+                    partial(chat.render, messages, add_generation_prompt=add_generation_prompt)
+                )
+            except TemplateRefusedError as error:
+                violation = Violation("messages", str(error))
+                message = "the chat template refused the messages"
+                raise errors.invalid(names.INVALID_MESSAGES, message, violation) from error
+            except TemplateTimeoutError as error:
+                log.error("chat template stopped", error=str(error))
+                message = "the chat template ran for too long or produced too much"
+                raise ServiceError(
+                    grpc.StatusCode.INTERNAL, names.TEMPLATE_TIMEOUT, message
+                ) from error
+
+    def _encode_rendered(self, rendered: RenderedChat) -> list[int]:
+        encoding = self._served.encoding
+        return self._measure(
+            partial(encode_with_special, encoding, rendered.guarded, rendered.restore)
+        )
+
+    def _measure(self, encode: Callable[[], list[int]]) -> list[int]:
+        start = time.perf_counter()
+        token_ids = encode()
+        self._metrics.encode.observe(time.perf_counter() - start)
+        self._metrics.encoded_tokens.inc(len(token_ids))
+        return token_ids
+
+    async def _code(self, work: Callable[[], T]) -> T:
+        """Encodes or decodes in a thread."""
+        try:
+            return await self._coding.run(work)
+        except UnknownTokenIdError as error:
+            violation = Violation("tokens.ids", str(error))
+            raise errors.invalid(names.INVALID_TOKEN_IDS, str(error), violation) from error
+
+
+def _load(settings: TokenizerSettings) -> _Served:
+    path = settings.tokenizer_path
+    tokenizer = load_tokenizer(path, settings.rank_file)
+    fingerprint = tokenizer_fingerprint(path)
+    if fingerprint is None:
+        raise TokenizerFileError(f"{path} has no tokenizer to fingerprint")
+    if settings.rank_file is not None:
+        # What changes ids or special tokens makes another tokenizer of the same file.
+        fingerprint = hashlib.sha256(fingerprint + repr(settings.rank_file).encode()).digest()
+    chat = None
+    if tokenizer.chat_template is not None:
+        chat = ChatRenderer(tokenizer.chat_template, tokenizer, settings.template_limits)
+    return _Served(tokenizer, fingerprint, chat)

@@ -1,0 +1,93 @@
+"""The service as a process: start, refusal to start, drain, and no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from nanoinfer.v1 import tokenizer_pb2 as pb
+from nanoinfer.v1 import tokenizer_pb2_grpc
+
+START_SECONDS = 30.0
+
+
+def command(*flags: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "nanoinfer_tokenizer",
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        *flags,
+    ]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + START_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.02)
+
+
+@contextmanager
+def service(model: Path, port_file: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    flags = ["--model", str(model), "--port-file", str(port_file)]
+    with subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(port_file.exists)
+            yield process, port_file.read_text().removeprefix("listening on ").strip()
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_serves_and_leaves_nothing_behind(
+    number: signal.Signals, directory_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with service(directory_of("qwen2"), tmp_path / "port") as (process, address):
+        with grpc.insecure_channel(address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            check = health_pb2.HealthCheckRequest(service="readiness")
+            serving = health_pb2.HealthCheckResponse.SERVING
+            wait_for(lambda: health.Check(check, wait_for_ready=True).status == serving)
+            message = pb.ChatMessage(role="user", content=[pb.ContentPart(text="Hi")])
+            request = pb.TokenizerServiceRenderChatRequest(messages=[message])
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            assert stub.RenderChat(request).tokens.ids
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        os.kill(process.pid, number)
+        assert process.wait(START_SECONDS) == (0 if number is signal.SIGTERM else -number)
+        wait_for(lambda: not any(worker.is_running() for worker in workers))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "text"),
+    [
+        ([], 2, "model"),
+        (["--model", "MODEL", "--max-characters", "1000000"], 2, "max-characters"),
+        (["--model", "MODEL", "--pattern", "klingon"], 2, "pattern"),
+        (["--model", "MODEL", "--pattern", "qwen2"], 1, "brings its own pattern"),
+        (["--model", "/nonexistent"], 1, "no tokenizer"),
+    ],
+)
+def test_what_cannot_be_served_ends_the_start(
+    flags: list[str], code: int, text: str, directory_of: Callable[[str], Path]
+) -> None:
+    model = str(directory_of("gpt2"))
+    arguments = [model if flag == "MODEL" else flag for flag in flags]
+    result = subprocess.run(
+        command(*arguments), capture_output=True, timeout=START_SECONDS, check=False
+    )
+    assert result.returncode == code
+    assert text in result.stderr.decode()
