@@ -108,7 +108,8 @@ def to_status(error: ServiceError, domain: str, request_id: str | None = None) -
 
     `domain` is the service's DNS name; `request_id` goes into the details of INTERNAL.
     """
-    violations = list(error.violations)
+    # Each takes more than 16 bytes, so no more than this many can fit.
+    violations = list(error.violations[: MAX_STATUS_BYTES // 16])
     metadata = {key: _clip(value, 256) for key, value in error.metadata.items()}
     while True:
         status = status_pb2.Status(
@@ -198,5 +199,5 @@ def _details(
 
 
 def _clip(text: str, max_bytes: int) -> str:
-    raw = text.encode("utf-8", "replace")
+    raw = text[: max_bytes + 1].encode("utf-8", "replace")
     return text if len(raw) <= max_bytes else raw[: max_bytes - 3].decode("utf-8", "ignore") + "..."

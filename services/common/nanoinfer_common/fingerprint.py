@@ -73,7 +73,7 @@ def _tokenizer_json(file: Path) -> dict[str, Any]:
         tokens: Any = sorted(ids.items(), key=itemgetter(1, 0))
     else:
         # Unigram: a list of [spelling, score], the id being the position.
-        tokens = vocabulary
+        tokens = list(vocabulary)
     pairs = merges and [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
     return {
         "tokens": tokens,
