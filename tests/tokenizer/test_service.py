@@ -185,6 +185,18 @@ async def test_hostile_texts_end_soon_and_leave_the_service_alive(
     assert (await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
 
 
+@pytest.mark.parametrize(
+    "unit", ["<", "<|", "<|im_start|>", "<think>", "</think>", " ", "\U000f0000"]
+)
+async def test_hostile_conversations_end_soon(unit: str, serve: Serve) -> None:
+    stub = (await serve("qwen3")).stub
+    text = (unit * 500_000)[:500_000]
+    start = time.monotonic()
+    assert (await stub.Encode(pb.TokenizerServiceEncodeRequest(text=text))).tokens.ids
+    assert (await stub.RenderChat(conversation(("assistant", text)))).tokens.ids
+    assert time.monotonic() - start < 4
+
+
 # --- RenderChat ---
 
 
@@ -330,6 +342,17 @@ async def test_decode_is_the_inverse_of_encode(serve: Serve) -> None:
     assert decoded.text == text
     request = pb.TokenizerServiceDecodeRequest(tokens=encoded.tokens, skip_special_tokens=False)
     assert (await stub.Decode(request)).text == "<|begin_of_text|>" + text
+
+
+async def test_many_ids_are_decoded_without_holding_others_up(serve: Serve) -> None:
+    stub = (await serve("gpt2")).stub
+    request = pb.TokenizerServiceDecodeRequest(tokens=ids(*range(256), *[65] * 499_744))
+    decoding = asyncio.ensure_future(stub.Decode(request))
+    await asyncio.sleep(0.01)
+    start = time.monotonic()
+    await stub.GetServerInfo(pb.TokenizerServiceGetServerInfoRequest())
+    assert time.monotonic() - start < 1
+    assert len((await decoding).text) >= 499_744
 
 
 async def test_bytes_that_are_no_characters_become_replacements(
@@ -526,6 +549,22 @@ async def test_more_than_the_bound_is_refused_at_once(
         assert (error.code, error.reason) == (Code.RESOURCE_EXHAUSTED, names.QUEUE_FULL)
         assert error.retry_after
     assert (await served.stub.Encode(request)).tokens.ids
+
+
+async def test_streams_go_on_while_the_queue_is_full(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve("qwen2", max_pending=1, num_threads=1)
+    stream = served.stub.DecodeStream()
+    monkeypatch.setattr(served.service._served.encoding, "encode", lambda text, **_: time.sleep(1))
+    waiting = asyncio.ensure_future(
+        served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"), timeout=0.5)
+    )
+    await asyncio.sleep(0.05)
+    for _ in range(3):
+        await stream.write(pb.TokenizerServiceDecodeStreamRequest(tokens=ids(64)))
+        assert (await stream.read()).text
+    await refused(waiting)
 
 
 async def test_a_cancelled_call_frees_its_place(

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-# The Unicode property White_Space; str.strip() would take U+001C to U+001F too.
+# The Unicode property White_Space; Python's \s and strip() would take U+001C to U+001F too.
 _WHITE_SPACE = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
     "\u200a\u2028\u2029\u202f\u205f\u3000"
 )
+_NO_WHITE_SPACE = re.compile(f"[^{_WHITE_SPACE}]")
 
 
 class TokenizerFileError(ValueError):
@@ -64,7 +65,8 @@ class AddedTokens:
             if token.lstrip:
                 start = cursor + len(text[cursor:start].rstrip(_WHITE_SPACE))
             if token.rstrip:
-                end = len(text) - len(text[end:].lstrip(_WHITE_SPACE))
+                beyond = _NO_WHITE_SPACE.search(text, end)
+                end = beyond.start() if beyond else len(text)
             if cursor < start:
                 yield text[cursor:start]
             yield token.id
@@ -74,8 +76,9 @@ class AddedTokens:
 
 
 def _in_word(text: str, match: re.Match[str]) -> bool:
-    before, after = text[: match.start()][-1:], text[match.end() :][:1]
-    return bool(re.match(r"\w", before) or re.match(r"\w", after))
+    start, end = match.span()
+    around = (text[max(start - 1, 0) : start], text[end : end + 1])
+    return any(re.match(r"\w", neighbour) for neighbour in around)
 
 
 @dataclass(frozen=True, slots=True)

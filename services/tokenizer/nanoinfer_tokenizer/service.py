@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -36,10 +36,10 @@ from nanoinfer_tokenizer.template_process import TemplateRefusedError, TemplateT
 from nanoinfer_tokenizer.work import Metrics, WorkPool
 
 _VOCABULARY_RUN = 16_384  # tokens in one message of GetVocabulary: a few hundred KiB
+_DECODE_RUN = 4096  # ids decoded in one go: less than a millisecond
 
 # grpc-stubs leave the context's type parameters to the reader.
 Context: TypeAlias = Any
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -140,7 +140,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         ]
         add_prompt = checks.given_or(request, "add_generation_prompt", True)
         rendered = await self._render(self._served.chat, messages, add_prompt)
-        token_ids = await self._code(partial(self._encode_rendered, rendered))
+        token_ids = await self._coding.run(partial(self._encode_rendered, rendered))
         return pb.TokenizerServiceRenderChatResponse(
             tokens=TokenIds(ids=token_ids),
             tokenizer_fingerprint=self._served.fingerprint,
@@ -154,7 +154,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         token_ids = checks.check_token_ids(request.tokens, self._settings.max_characters)
         skip_special = checks.given_or(request, "skip_special_tokens", True)
         decoder = StreamDecoder(self._served.vocabulary, skip_special=skip_special)
-        text = await self._code(partial(decoder.push, token_ids))
+        text = await _decode(decoder, token_ids)
         return pb.TokenizerServiceDecodeResponse(text=text + decoder.finish())
 
     async def DecodeStream(
@@ -175,7 +175,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
                     violation = Violation("skip_special_tokens", "the first message's value")
                     raise errors.invalid(names.INVALID_REQUEST, "changed in the stream", violation)
                 token_ids = checks.check_token_ids(request.tokens, self._settings.max_characters)
-                text = await self._code(partial(decoder.push, token_ids))
+                text = await _decode(decoder, token_ids)
                 yield pb.TokenizerServiceDecodeStreamResponse(text=text)
             if decoder is not None and (rest := decoder.finish()):
                 yield pb.TokenizerServiceDecodeStreamResponse(text=rest)
@@ -232,7 +232,9 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         def encode(text: str) -> list[int]:
             return frame.around(tokenizer.encoding.encode(text))
 
-        return await self._code(lambda: [self._measure(partial(encode, text)) for text in texts])
+        return await self._coding.run(
+            lambda: [self._measure(partial(encode, text)) for text in texts]
+        )
 
     async def _render(
         self, chat: ChatRenderer, messages: Sequence[Message], add_generation_prompt: bool
@@ -272,13 +274,21 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self._metrics.encoded_tokens.inc(len(token_ids))
         return token_ids
 
-    async def _code(self, work: Callable[[], T]) -> T:
-        """Encodes or decodes in a thread."""
-        try:
-            return await self._coding.run(work)
-        except UnknownTokenIdError as error:
-            violation = Violation("tokens.ids", str(error))
-            raise errors.invalid(names.INVALID_TOKEN_IDS, str(error), violation) from error
+
+async def _decode(decoder: StreamDecoder, token_ids: Sequence[int]) -> str:
+    """Decodes here, because looking bytes up costs less than a thread; long runs let others in.
+
+    So a full queue never ends a stream that was admitted.
+    """
+    text: list[str] = []
+    try:
+        for start in range(0, len(token_ids), _DECODE_RUN):
+            text.append(decoder.push(token_ids[start : start + _DECODE_RUN]))
+            await asyncio.sleep(0)
+    except UnknownTokenIdError as error:
+        violation = Violation("tokens.ids", str(error))
+        raise errors.invalid(names.INVALID_TOKEN_IDS, str(error), violation) from error
+    return "".join(text)
 
 
 def _load(settings: TokenizerSettings) -> _Served:

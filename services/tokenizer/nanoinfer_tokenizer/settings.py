@@ -36,7 +36,7 @@ class TokenizerSettings(ServiceSettings):
     max_pending: int = Field(
         1024, ge=1, description="Most requests that wait or are worked on; more are refused."
     )
-    num_threads: int = Field(2, ge=1, le=256, description="Threads that encode and decode.")
+    num_threads: int = Field(2, ge=1, le=256, description="Threads that encode.")
     num_template_workers: int = Field(
         2, ge=1, le=64, description="Processes that render chat templates."
     )

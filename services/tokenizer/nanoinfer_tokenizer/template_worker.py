@@ -97,7 +97,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     connection = Connection(int(sys.argv[1]))
     setup = json.loads(connection.recv_bytes())
-    resource.setrlimit(resource.RLIMIT_AS, (setup["max_memory"],) * 2)
+    if sys.platform == "linux":  # others refuse this limit or do not keep it
+        resource.setrlimit(resource.RLIMIT_AS, (setup["max_memory"],) * 2)
     try:
         template = template_environment().from_string(setup["template"])
     except jinja2.TemplateError as error:
