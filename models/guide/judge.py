@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=HERE, help="checkpoint directory")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    # A model this small loses more to waiting for other threads than it gains from them.
+    torch.set_num_threads(1)
     items = load_held_out(HERE / "held_out.jsonl")
     verdicts = judge_checkpoint(arguments.model, HERE, items, arguments.device)
     print(json.dumps(report(verdicts), indent=2))

@@ -1,4 +1,4 @@
-"""Trains the guide model from scratch: `python models/guide/train.py --out FOLDER`.
+"""Trains the guide model from scratch: `python models/guide/train.py [--out FOLDER]`.
 
 Everything is made here: vocabulary, paraphrased dialogues, weights. Needs torch, tokenizers,
 safetensors and numpy, and takes minutes on one data-centre GPU.
@@ -132,7 +132,7 @@ def train(recipe: Recipe, out: Path) -> dict[str, object]:
 def main() -> None:
     """Reads the command line, trains, and writes the report beside the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the checkpoint")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = vars(parser.parse_args())

@@ -1,0 +1,47 @@
+"""The judge passes the right answer, the whole of it, and nothing besides."""
+
+from pathlib import Path
+
+from guide_recipe.facts import Fact, HeldOutQuestion, load_facts
+from guide_recipe.judging import Judge, report
+
+FACTS = [
+    Fact("a", "what", ("x",), (), "Alpha beta.", ("alpha", "beta"), "f"),
+    Fact("b", "what", ("y",), (), "Gamma.", ("gamma",), "f"),
+]
+ASKED = HeldOutQuestion("a", "What is x?")
+
+
+def test_gold_answers_pass(guide: Path) -> None:
+    facts = load_facts(guide / "facts")
+    judge = Judge(facts)
+    verdicts = [judge.judge(HeldOutQuestion(f.id, f.questions[0]), f.answer) for f in facts]
+    assert [verdict for verdict in verdicts if not verdict.passed] == []
+
+
+def test_another_facts_answer_never_passes(guide: Path) -> None:
+    facts = load_facts(guide / "facts")
+    judge = Judge(facts)
+    for fact, other in zip(facts, [*facts[1:], facts[0]], strict=True):
+        assert not judge.judge(HeldOutQuestion(fact.id, ""), other.answer).passed
+
+
+def test_a_missing_term_fails() -> None:
+    verdict = Judge(FACTS).judge(ASKED, "Only ALPHA here.")
+    assert verdict.missing == ("beta",)
+    assert not verdict.passed
+
+
+def test_a_foreign_term_fails() -> None:
+    verdict = Judge(FACTS).judge(ASKED, "alpha\n BETA and Gamma")
+    assert verdict.missing == ()
+    assert verdict.foreign == ("gamma",)
+    assert not verdict.passed
+
+
+def test_report_counts_and_lists_failures() -> None:
+    judge = Judge(FACTS)
+    found = report([judge.judge(ASKED, "alpha beta"), judge.judge(ASKED, "gamma")])
+    assert (found["questions"], found["passed"], found["percent"]) == (2, 1, 50.0)
+    assert isinstance(found["failures"], list)
+    assert [failure["answer"] for failure in found["failures"]] == ["gamma"]
