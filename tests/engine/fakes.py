@@ -82,11 +82,14 @@ class FakeRunner:
         block_size: int = 4,
         max_model_len: int = 256,
         step_seconds: float = 0.0,
+        window: int | None = None,
     ) -> None:
+        """`window` bounds the context that a token depends on, for long runs."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.step_seconds = step_seconds
+        self.window = window
         self.batches: list[Batch] = []
         self.fail_step: Exception | None = None
         self.fail_row: Callable[[BatchRow], Exception | None] = lambda row: None
@@ -120,7 +123,8 @@ class FakeRunner:
             return error
         if not row.samples:
             return None
-        context = [self._memory[self._slot(row, i)] for i in range(row.context_length)]
+        first = max(0, row.context_length - self.window) if self.window else 0
+        context = [self._memory[self._slot(row, i)] for i in range(first, row.context_length)]
         token_id = next_token(context, row.sampling.seed, row.masked_token_ids)
         forced = self.forced.get(row.context_length)
         if forced is not None and forced not in row.masked_token_ids:

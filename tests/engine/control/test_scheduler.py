@@ -226,8 +226,8 @@ def test_min_tokens_masks_what_would_end() -> None:
 
 def test_a_failed_row_ends_alone() -> None:
     bench = Bench()
-    good, bad = make_request([11, 12]), make_request([99, 98])
-    bench.runner.fail_row = lambda row: ValueError("row") if 99 in row.token_ids else None
+    good, bad = make_request([11, 12]), make_request([9, 98])
+    bench.runner.fail_row = lambda row: ValueError("row") if 9 in row.token_ids else None
     bench.add(good, bad)
     outputs = bench.run()
     failed = [output for output in outputs if output.request is bad]
