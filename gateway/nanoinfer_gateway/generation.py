@@ -1,0 +1,266 @@
+"""The core: decode(generate(encode(prompt))), one object per request.
+
+It takes an encoder, a token source and the vocabularies, and knows neither the server's RPCs nor
+where upstreams are. A unary answer is the same stream, collected.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
+from nanoinfer_common import names
+from nanoinfer_common.errors import ServiceError, unavailable
+from nanoinfer_common.telemetry import record_span
+
+from nanoinfer_gateway.completions import Completions, Update
+from nanoinfer_gateway.upstreams import Call, EncodedPrompt
+from nanoinfer_gateway.vocabulary import Vocabulary
+
+MAX_PENDING_TOKENS = 4096  # beyond this the engine's stream is not read until the client reads
+
+Prompt = str | generation_pb2.TokenIds | Sequence[tokenizer_pb2.ChatMessage]
+Slot = Callable[[], AbstractAsyncContextManager[object]]
+
+
+class Encoder(Protocol):
+    """Turns text and conversations into ids."""
+
+    async def encode(self, text: str, call: Call) -> EncodedPrompt:
+        """Return a text's ids and the tokenizer's fingerprint."""
+        ...
+
+    async def render_chat(
+        self, messages: Iterable[tokenizer_pb2.ChatMessage], call: Call
+    ) -> EncodedPrompt:
+        """Return a conversation's ids and the tokenizer's fingerprint."""
+        ...
+
+
+class TokenSource(Protocol):
+    """Turns ids into more ids."""
+
+    def generate(
+        self, request: engine_pb2.EngineServiceGenerateRequest, model: str, call: Call
+    ) -> AsyncGenerator[engine_pb2.EngineServiceGenerateResponse, None]:
+        """Stream an engine's messages; closing the generator cancels the engine's call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Upstreams:
+    """What a generation is composed of; `vocabulary` is asked with a fingerprint or None."""
+
+    encoder: Encoder
+    engines: TokenSource
+    vocabulary: Callable[[bytes | None], Awaitable[Vocabulary]]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One request, validated. `arrived_ns` is of `time.perf_counter_ns`."""
+
+    prompt: Prompt
+    options: gateway_pb2.GenerationOptions
+    model: generation_pb2.ModelInfo
+    request_id: str
+    call: Call
+    arrived_ns: int
+
+    @property
+    def num_choices(self) -> int:
+        """How many completions are asked for."""
+        sampling = self.options.sampling
+        return sampling.n if sampling.HasField("n") else self.model.default_sampling.n or 1
+
+
+class Generation:
+    """Runs one request. `completions` is None until the prompt is encoded."""
+
+    def __init__(
+        self,
+        upstreams: Upstreams,
+        request: GenerationRequest,
+        on_encoded: Callable[[int], None],
+    ) -> None:
+        self._upstreams = upstreams
+        self._request = request
+        self._on_encoded = on_encoded
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+        self._ended = self._succeeded = False
+        self._reported: generation_pb2.GenerationSummary | None = None
+        self._first_message_time: int | None = None
+        self.completions: Completions | None = None
+
+    async def updates(self, slot: Slot) -> AsyncGenerator[Update, None]:
+        """Yield what is new, merged, until the summary; closing it ends every upstream call.
+
+        A slot is held while an update is handed out and taken before what piled up is emptied, so
+        that more merges the longer one waits for it. Raises ENGINE_LOST_MID_STREAM (metadata
+        `outputTokens`) where tokens had come already, and what encoder and engines raise.
+        """
+        prompt = await self._encode()
+        self._on_encoded(len(prompt.tokens.ids))
+        request = self._request
+        fingerprint = prompt.fingerprint or request.model.tokenizer_fingerprint or None
+        vocabulary = await self._upstreams.vocabulary(fingerprint)
+        options = _with_seed(request.options)
+        completions = Completions(vocabulary, options, request.num_choices)
+        self.completions = completions
+        reader = asyncio.create_task(
+            self._read(_engine_request(request, options, prompt), completions)
+        )
+        try:
+            while not self._ended:
+                await self._news.wait()
+                self._news.clear()
+                async with slot():
+                    update = completions.take()
+                    self._room.set()
+                    if self._succeeded:
+                        update.summary = self._summary(completions, prompt, vocabulary)
+                    if update.has_content:
+                        yield update
+            await reader  # raises what ended the stream, after all that came before it went out
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            self._record_detokenize(completions)
+
+    async def _encode(self) -> EncodedPrompt:
+        prompt = self._request.prompt
+        if isinstance(prompt, generation_pb2.TokenIds):
+            return EncodedPrompt(prompt)
+        if isinstance(prompt, str):
+            return await self._upstreams.encoder.encode(prompt, self._request.call)
+        return await self._upstreams.encoder.render_chat(prompt, self._request.call)
+
+    async def _read(
+        self, request: engine_pb2.EngineServiceGenerateRequest, completions: Completions
+    ) -> None:
+        """Feed the engine's messages in until all completions ended, then cancel its call."""
+        try:
+            await self._read_messages(request, completions)
+            if not completions.all_ended:
+                raise unavailable(names.ENGINE_LOST, "the engine's stream ended early", 1.0)
+            self._succeeded = True
+        except ServiceError as error:
+            if error.code is not grpc.StatusCode.UNAVAILABLE or not completions.num_tokens:
+                raise
+            raise _lost_mid_stream(completions.num_tokens) from error
+        finally:
+            self._ended = True
+            self._news.set()
+
+    async def _read_messages(
+        self, request: engine_pb2.EngineServiceGenerateRequest, completions: Completions
+    ) -> None:
+        messages = self._upstreams.engines.generate(
+            request, self._request.model.id, self._request.call
+        )
+        async with aclosing(messages):
+            async for message in messages:
+                self._first_message_time = self._first_message_time or time.time_ns()
+                completions.feed(message)
+                self._news.set()
+                if message.HasField("summary"):
+                    self._reported = message.summary
+                if completions.all_ended and (completions.any_cut or self._reported):
+                    return
+                while completions.has_news and completions.num_pending_tokens > MAX_PENDING_TOKENS:
+                    self._room.clear()
+                    await self._room.wait()
+
+    def _summary(
+        self, completions: Completions, prompt: EncodedPrompt, vocabulary: Vocabulary
+    ) -> generation_pb2.GenerationSummary:
+        """The engine's summary with what only the gateway knows.
+
+        Where a stop string ended the call early the engine reported none: queue and prefill time
+        are then unknown and stay 0, decode time is the gateway's.
+        """
+        timings = generation_pb2.Timings()
+        if self._reported is not None:
+            timings.CopyFrom(self._reported.timings)
+        else:
+            timings.decode_ns = completions.decode_ns
+        timings.tokenize_ns = prompt.tokenize_ns
+        timings.detokenize_ns = completions.detokenize_ns
+        timings.total_ns = time.perf_counter_ns() - self._request.arrived_ns
+        timings.time_to_first_token_ns = self.time_to_first_token_ns or 0
+        return generation_pb2.GenerationSummary(
+            usage=self.usage(),
+            timings=timings,
+            model=self._request.model.id,
+            tokenizer_fingerprint=vocabulary.fingerprint,
+            request_id=self._request.request_id,
+        )
+
+    @property
+    def time_to_first_token_ns(self) -> int | None:
+        """From the request's arrival to the first token; None until there is one."""
+        if self.completions is None or self.completions.first_token_ns is None:
+            return None
+        return self.completions.first_token_ns - self._request.arrived_ns
+
+    def usage(self) -> generation_pb2.Usage:
+        """Return the tokens so far; all zero until the prompt is encoded."""
+        if self.completions is None:
+            return generation_pb2.Usage()
+        return self.completions.usage(self._reported)
+
+    def _record_detokenize(self, completions: Completions) -> None:
+        """One span for the whole stream, since one a token would cost more than the work."""
+        if self._first_message_time is not None:
+            record_span(
+                names.SPAN_DETOKENIZE,
+                self._first_message_time,
+                time.time_ns(),
+                attributes={
+                    names.DETOKENIZE_SECONDS: completions.detokenize_ns / 1e9,
+                    names.STOP_MATCHED: completions.any_cut,
+                },
+            )
+
+
+def _with_seed(options: gateway_pb2.GenerationOptions) -> gateway_pb2.GenerationOptions:
+    """Draw the seed here where a stop string may end the engine's call before it tells its own."""
+    if not options.stop or options.sampling.HasField("seed"):
+        return options
+    seeded = gateway_pb2.GenerationOptions()
+    seeded.CopyFrom(options)
+    seeded.sampling.seed = secrets.randbits(64)
+    return seeded
+
+
+def _engine_request(
+    request: GenerationRequest, options: gateway_pb2.GenerationOptions, prompt: EncodedPrompt
+) -> engine_pb2.EngineServiceGenerateRequest:
+    """The engine's request: the same messages, without the stop strings."""
+    result = engine_pb2.EngineServiceGenerateRequest(
+        prompt=prompt.tokens, request_id=request.request_id
+    )
+    for name in ("sampling", "stopping", "response", "structured_output"):
+        if options.HasField(name):
+            getattr(result, name).CopyFrom(getattr(options, name))
+    for name in ("model", "truncate_prompt_tokens", "cache_salt"):
+        if options.HasField(name):
+            setattr(result, name, getattr(options, name))
+    if prompt.fingerprint:
+        result.tokenizer_fingerprint = prompt.fingerprint
+    return result
+
+
+def _lost_mid_stream(num_tokens: int) -> ServiceError:
+    return ServiceError(
+        grpc.StatusCode.UNAVAILABLE,
+        names.ENGINE_LOST_MID_STREAM,
+        f"the engine is gone after {num_tokens} tokens",
+        metadata={"outputTokens": str(num_tokens)},
+    )

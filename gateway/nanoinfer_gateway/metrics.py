@@ -1,0 +1,113 @@
+"""The gateway's metrics, in a registry of its own."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from nanoinfer_common import names
+from nanoinfer_common.errors import ServiceError
+from nanoinfer_common.metrics import (
+    REQUEST_BUCKETS,
+    RPC_BUCKETS,
+    TIME_TO_FIRST_TOKEN_BUCKETS,
+    bounded_label,
+)
+from nanoinfer_common.telemetry import server_span
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# upstreams' reasons become label values only where we know them
+_KNOWN_REASONS: Final = frozenset(
+    value for value in vars(names).values() if isinstance(value, str) and value.isupper()
+)
+
+
+class GatewayMetrics:
+    """Counts requests, refusals and times. Every request counted ends in exactly one outcome."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self._requests = Counter(
+            names.GATEWAY_REQUESTS,
+            "Requests by outcome: success, error, cancelled.",
+            ("method", "outcome", "reason"),
+            registry=registry,
+        )
+        self._inflight = Gauge(
+            names.GATEWAY_INFLIGHT, "Requests under way.", ("method",), registry=registry
+        )
+        self._rejections = Counter(
+            names.GATEWAY_ADMISSION_REJECTIONS,
+            "Requests refused by admission, by the bound that was reached.",
+            ("reason",),
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            names.GATEWAY_TIME_TO_FIRST_TOKEN_SECONDS,
+            "From a request's arrival to its first token.",
+            buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._duration = Histogram(
+            names.GATEWAY_REQUEST_DURATION_SECONDS,
+            "From a request's arrival to its end.",
+            ("method",),
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self._upstream = Histogram(
+            names.GATEWAY_UPSTREAM_DURATION_SECONDS,
+            "Duration of calls to upstreams.",
+            ("upstream",),
+            buckets=(*RPC_BUCKETS, 30.0, 60.0, 120.0, 300.0),
+            registry=registry,
+        )
+
+    @contextmanager
+    def request(self, method: str) -> Iterator[None]:
+        """Count one request around its handling."""
+        started = time.perf_counter()
+        outcome, reason = "error", names.INTERNAL
+        inflight = self._inflight.labels(method)
+        inflight.inc()
+        try:
+            yield
+            outcome, reason = "success", ""
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome, reason = "cancelled", ""
+            raise
+        except ServiceError as error:
+            reason = bounded_label(error.reason, _KNOWN_REASONS)
+            raise
+        finally:
+            inflight.dec()
+            self._requests.labels(method, outcome, reason).inc()
+            elapsed = time.perf_counter() - started
+            self._duration.labels(method).observe(elapsed, _exemplar())
+
+    @contextmanager
+    def upstream(self, name: str) -> Iterator[None]:
+        """Time a call to an upstream, however it ends."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._upstream.labels(name).observe(time.perf_counter() - started)
+
+    def rejected(self, bound: str) -> None:
+        """Count a refusal by admission."""
+        self._rejections.labels(bound).inc()
+
+    def first_token(self, seconds: float) -> None:
+        """Record a time to first token."""
+        self._first_token.observe(seconds, _exemplar())
+
+
+def _exemplar() -> dict[str, str] | None:
+    context = server_span().get_span_context()
+    if not context.trace_flags.sampled:
+        return None
+    return {"trace_id": trace.format_trace_id(context.trace_id)}

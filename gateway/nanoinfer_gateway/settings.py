@@ -1,0 +1,65 @@
+"""What the gateway can be told; see `nanoinfer_common.config` for where values come from."""
+
+from typing import Self
+
+from nanoinfer_common.config import ServiceSettings
+from pydantic import Field, field_validator, model_validator
+
+from nanoinfer_gateway import addresses
+
+
+class GatewaySettings(ServiceSettings):
+    """The gateway's settings. Times are in seconds."""
+
+    port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    metrics_port: int | None = Field(
+        9091, ge=0, le=65535, description="Port of /metrics; 0 takes a free one, `none` is off."
+    )
+    tokenizer: tuple[str, ...] = Field(
+        ("127.0.0.1:50052",),
+        min_length=1,
+        description="Tokenizer addresses: one name (re-resolved, round robin) or several IPs.",
+    )
+    engine: tuple[str, ...] = Field(
+        ("127.0.0.1:50053",),
+        min_length=1,
+        description="Engine addresses; names are looked up again and again, replica by replica.",
+    )
+    resolve_seconds: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="Time between look-ups of the engines' names."
+    )
+    tokenizer_timeout_seconds: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="Longest that a call to the tokenizer takes."
+    )
+    max_requests: int = Field(512, ge=1, description="Most generations under way.")
+    max_prompt_tokens: int = Field(
+        1_000_000, ge=1, description="Most prompt tokens of all generations under way."
+    )
+    max_prompt_bytes: int = Field(
+        64 * 1024 * 1024, ge=1, description="Most prompt bytes of all generations under way."
+    )
+    max_request_prompt_bytes: int = Field(
+        1024 * 1024, ge=1, description="Most bytes of text in one prompt or conversation."
+    )
+    max_tenant_requests: int | None = Field(
+        None, ge=1, description="Most generations under way of one tenant; `none` is no bound."
+    )
+    num_write_slots: int = Field(
+        8, ge=1, description="Stream messages written at one time; more piles up and merges."
+    )
+    stall_seconds: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="Longest that a reader may take no message."
+    )
+    ready_without_upstreams: bool = Field(
+        False, description="Report readiness even while no tokenizer or engine answers."
+    )
+
+    @field_validator("tokenizer", "engine")
+    @classmethod
+    def _addresses_have_a_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(addresses.check(address) for address in value)
+
+    @model_validator(mode="after")
+    def _tokenizers_share_a_target(self) -> Self:
+        addresses.balanced_target(self.tokenizer)
+        return self

@@ -1,0 +1,87 @@
+"""The byte table of the tokenizer's vocabulary, fetched once per fingerprint and kept.
+
+The tokenizer stays the authority: a fingerprint that has not been seen is fetched from it, by one
+call however many requests wait. Knows no proto.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from nanoinfer_common import names
+from nanoinfer_common.errors import precondition
+
+MAX_FETCHES = 4  # several tokenizers of different fingerprints may answer during a rolling update
+MAX_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Raw bytes by id (empty for an id without a token), the special ids, the 32-byte fingerprint.
+
+    `without_specials` is the same table with the special tokens' bytes left out.
+    """
+
+    fingerprint: bytes
+    tokens: tuple[bytes, ...]
+    special_ids: frozenset[int]
+    without_specials: tuple[bytes, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        special = self.special_ids
+        table = tuple(b"" if i in special else token for i, token in enumerate(self.tokens))
+        object.__setattr__(self, "without_specials", table)
+
+    def token(self, token_id: int) -> bytes:
+        """Return an id's raw bytes; empty for an id that the tokenizer does not have."""
+        return self.tokens[token_id] if token_id < len(self.tokens) else b""
+
+
+class Vocabularies:
+    """Keeps the last few vocabularies; `fetch` gets the tokenizer's present one."""
+
+    def __init__(self, fetch: Callable[[], Awaitable[Vocabulary]]) -> None:
+        self._fetch = fetch
+        self._kept: dict[bytes, Vocabulary] = {}
+        self._fetching: asyncio.Task[Vocabulary] | None = None
+
+    async def get(self, fingerprint: bytes | None = None) -> Vocabulary:
+        """Return the vocabulary of a fingerprint, or the newest where it is None.
+
+        Raises FAILED_PRECONDITION (TOKENIZER_MISMATCH) where no tokenizer has it, and what fetching
+        raises.
+        """
+        if fingerprint is None:
+            return next(reversed(self._kept.values())) if self._kept else await self._fetch_once()
+        for _ in range(MAX_FETCHES):
+            if fingerprint in self._kept:
+                return self._kept[fingerprint]
+            newest = await self._fetch_once()
+        if newest.fingerprint == fingerprint:
+            return newest
+        raise precondition(
+            names.TOKENIZER_MISMATCH,
+            "the tokenizer's vocabulary is not the one that the ids belong to",
+            expected=fingerprint.hex(),
+            actual=newest.fingerprint.hex(),
+        )
+
+    async def close(self) -> None:
+        """Cancel a fetch that is under way."""
+        if self._fetching is not None:
+            self._fetching.cancel()
+            await asyncio.gather(self._fetching, return_exceptions=True)
+
+    async def _fetch_once(self) -> Vocabulary:
+        """Join the fetch under way or start one; a waiter's cancel leaves it to the others."""
+        if self._fetching is None or self._fetching.done():
+            self._fetching = asyncio.create_task(self._fetch_and_keep())
+        return await asyncio.shield(self._fetching)
+
+    async def _fetch_and_keep(self) -> Vocabulary:
+        vocabulary = await self._fetch()
+        self._kept.pop(vocabulary.fingerprint, None)
+        self._kept[vocabulary.fingerprint] = vocabulary
+        while len(self._kept) > MAX_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return vocabulary
