@@ -4,6 +4,7 @@ Tracing is on only where `OTEL_EXPORTER_OTLP_ENDPOINT` is set. Export never dela
 queue up to a bound, and what does not fit or cannot be delivered is dropped and counted.
 """
 
+import functools
 import os
 import threading
 import uuid
@@ -164,8 +165,9 @@ def configure_tracing(service_name: str) -> Callable[[], None]:
     return flush
 
 
+@functools.cache
 def product_version() -> str:
-    """Returns the installed distribution's version."""
+    """Returns the installed distribution's version, read from disk once."""
     return metadata.version("nanoinfer")
 
 
