@@ -245,7 +245,7 @@ class Engine(Generic[RunnerT]):
         """Hand outputs and figures to the event loop, with one wake-up for all that is pending."""
         self._statistics.record_outputs(outputs)
         self._publish_load()
-        self.statistics = self._statistics.snapshot(self._load, self._scheduler.num_preemptions)
+        self.statistics = self._statistics.snapshot(self._scheduler.num_preemptions)
         self._progress = time.monotonic_ns()
         if outputs:
             self._outbox.append(outputs)

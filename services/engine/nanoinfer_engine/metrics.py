@@ -19,6 +19,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from nanoinfer_engine.capacity import Load
 from nanoinfer_engine.request import FinishReason
 from nanoinfer_engine.statistics import (
     NANOSECONDS,
@@ -93,6 +94,7 @@ class Facts:
     block_size: int
     num_blocks: int
     rejections: Mapping[str, int]
+    load: Load
     snapshot: Snapshot
 
 
@@ -111,7 +113,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Every family, from one snapshot."""
         facts = self._facts()
-        snapshot, load = facts.snapshot, facts.snapshot.load
+        snapshot, load = facts.snapshot, facts.load
         labels = {"model_name": facts.model_name, "engine": "0"}
         shape = {"block_size": str(facts.block_size), "num_gpu_blocks": str(facts.num_blocks)}
         prefixed = [
@@ -148,17 +150,17 @@ class EngineCollector(Collector):
             family.samples = [
                 sample._replace(name=self._prefix + sample.name) for sample in family.samples
             ]
-        return [*prefixed, *_own_families(snapshot, labels)]
+        return [*prefixed, *_own_families(snapshot, load, labels)]
 
 
-def _own_families(snapshot: Snapshot, labels: Labels) -> Iterable[Metric]:
+def _own_families(snapshot: Snapshot, load: Load, labels: Labels) -> Iterable[Metric]:
     outcomes = dict.fromkeys(_OUTCOMES.values(), 0)
     for reason, count in snapshot.finished.items():
         outcomes[_OUTCOMES[reason]] += count
     accepted = {"": snapshot.counters.get("accepted", 0)}
     yield _counter(names.ENGINE_ACCEPTED, "Completions accepted.", labels, "", accepted)
     yield _counter(names.ENGINE_REQUESTS, "Completions that ended.", labels, "outcome", outcomes)
-    is_busy = snapshot.load.num_running + snapshot.load.num_waiting > 0
+    is_busy = load.num_running + load.num_waiting > 0
     age = 0.0
     if is_busy and snapshot.last_step is not None:
         age = (time.monotonic_ns() - snapshot.last_step) * NANOSECONDS

@@ -289,6 +289,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             block_size=settings.block_size,
             num_blocks=self._num_blocks,
             rejections=dict(engine.rejections),
+            load=engine.load,
             snapshot=engine.statistics,
         )
 

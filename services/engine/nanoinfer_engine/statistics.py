@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nanoinfer_engine.batch import Batch
-from nanoinfer_engine.capacity import Load
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 
 NANOSECONDS = 1e-9
@@ -63,10 +62,9 @@ class Buckets:
 class Snapshot:
     """Everything at one moment. `histograms` and `counters` are keyed by the engine's own names.
 
-    `finished` counts ended requests by reason; accepted = sum(finished) + live requests, always.
+    `finished` counts ended requests by reason; accepted = sum(finished) + live requests.
     """
 
-    load: Load = field(default_factory=Load)
     counters: dict[str, int] = field(default_factory=dict)
     finished: dict[FinishReason, int] = field(default_factory=dict)
     histograms: dict[str, HistogramSnapshot] = field(default_factory=dict)
@@ -125,11 +123,10 @@ class Statistics:
             if output.finish_reason is not None:
                 self._record_end(request, output.finish_reason)
 
-    def snapshot(self, load: Load, num_preemptions: int) -> Snapshot:
+    def snapshot(self, num_preemptions: int) -> Snapshot:
         """Copy everything, with what the scheduler counts itself; some 10 µs, so once a step."""
         self._counters["preemptions"] = num_preemptions
         return Snapshot(
-            load=load,
             counters=dict(self._counters),
             finished=dict(self._finished),
             histograms={name: value.snapshot() for name, value in self._histograms.items()},

@@ -1,0 +1,137 @@
+"""What a scrape shows: names, types, balance, and text 0.0.4 with its colons."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+
+import grpc
+import pytest
+from nanoinfer.v1 import generation_pb2 as pb
+from nanoinfer_engine.statistics import Histogram
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.engine.control.conftest import Engine, StartFake
+from tests.engine.fakes import FakeRunner
+
+TEN = pb.StoppingParams(max_tokens=10)
+EXPECTED = {
+    "vllm:num_requests_running": "gauge",
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:cache_config_info": "gauge",
+    "vllm:prompt_tokens": "counter",
+    "vllm:generation_tokens": "counter",
+    "vllm:num_preemptions": "counter",
+    "vllm:request_success": "counter",
+    "vllm:admission_rejections": "counter",
+    "vllm:time_to_first_token_seconds": "histogram",
+    "vllm:inter_token_latency_seconds": "histogram",
+    "vllm:request_time_per_output_token_seconds": "histogram",
+    "vllm:e2e_request_latency_seconds": "histogram",
+    "vllm:request_queue_time_seconds": "histogram",
+    "vllm:request_prefill_time_seconds": "histogram",
+    "vllm:request_decode_time_seconds": "histogram",
+    "vllm:request_inference_time_seconds": "histogram",
+    "vllm:request_prompt_tokens": "histogram",
+    "vllm:request_generation_tokens": "histogram",
+    "vllm:request_max_num_generation_tokens": "histogram",
+    "vllm:request_params_n": "histogram",
+    "vllm:request_params_max_tokens": "histogram",
+    "vllm:iteration_tokens_total": "histogram",
+    "nanoinfer_engine_accepted": "counter",
+    "nanoinfer_engine_requests": "counter",
+    "nanoinfer_engine_step_seconds": "histogram",
+    "nanoinfer_engine_step_batch_size": "histogram",
+    "nanoinfer_engine_last_step_age_seconds": "gauge",
+}
+
+
+async def scrape(engine: Engine) -> tuple[dict[str, str], dict[str, float]]:
+    """Types by family name, and values by sample name with its own label, if it has one."""
+    url = f"http://127.0.0.1:{engine.server.metrics_port}/metrics"
+    reply = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5))
+    assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    types, values = {}, {}
+    for family in text_string_to_metric_families(reply.read().decode()):
+        types[family.name] = family.type
+        for sample in family.samples:
+            if family.name.startswith(("vllm:", "nanoinfer_engine_")):
+                assert sample.labels["model_name"] == "fake"
+                assert sample.labels["engine"] == "0"
+            own = [v for k, v in sample.labels.items() if k not in ("model_name", "engine")]
+            values[":".join([sample.name, *own])] = sample.value
+    return types, values
+
+
+async def test_every_expected_name_is_there_with_its_type(start_fake: StartFake) -> None:
+    async with start_fake(metrics_port=0) as engine:
+        answer = await engine.generate(stopping=TEN)
+        assert answer.tokens()
+        await engine.idle()
+        types, values = await scrape(engine)
+        assert EXPECTED.items() <= types.items()
+        assert values["vllm:generation_tokens_total"] == 10
+        assert values["vllm:prompt_tokens_total"] == 3
+        assert values["vllm:request_success_total:length"] == 1
+        assert values["vllm:cache_config_info:4:64"] == 1
+        assert values["vllm:inter_token_latency_seconds_count"] == 9
+        assert values["vllm:iteration_tokens_total_sum"] == 12
+        assert values["vllm:request_params_max_tokens_sum"] == 10
+        assert values["vllm:e2e_request_latency_seconds_bucket:+Inf"] == 1
+        assert values["nanoinfer_engine_step_seconds_count:eager"] == 10
+
+
+async def test_the_prefix_is_a_setting(start_fake: StartFake) -> None:
+    async with start_fake(metrics_port=0, metrics_prefix="mine_") as engine:
+        types, _ = await scrape(engine)
+        assert types["mine_num_requests_running"] == "gauge"
+        assert not any(name.startswith("vllm:") for name in types)
+
+
+async def test_accepted_is_success_and_error_and_cancelled(start_fake: StartFake) -> None:
+    runner = FakeRunner(step_seconds=0.005)
+    runner.fail_row = lambda row: ValueError() if 9 in row.token_ids else None
+    async with start_fake(runner, metrics_port=0, max_waiting_requests=4) as engine:
+        await engine.generate(stopping=TEN, sampling=pb.SamplingParams(n=2))
+        await engine.refused(engine.generate([9]))
+        call = engine.call()
+        await call.read()
+        call.cancel()
+        await engine.idle()
+        await engine.refused(engine.generate(sampling=pb.SamplingParams(n=16)))
+        # the thread publishes its snapshot a moment after the load
+        await asyncio.sleep(0.05)
+        _, values = await scrape(engine)
+        outcomes = {
+            name: values[f"nanoinfer_engine_requests_total:{name}"]
+            for name in ("success", "error", "cancelled")
+        }
+        assert outcomes == {"success": 2, "error": 1, "cancelled": 1}
+        assert values["nanoinfer_engine_accepted_total"] == sum(outcomes.values())
+        assert values["vllm:admission_rejections_total:max_num_queued_reqs"] == 1
+        assert values["vllm:request_params_n_count"] == 3
+
+
+async def test_a_scrape_waits_for_no_step(start_fake: StartFake) -> None:
+    async with start_fake(metrics_port=0) as engine:
+        await engine.generate(stopping=TEN)
+        engine.runner.gate.clear()
+        call = engine.call(stopping=TEN)
+        await engine.until(lambda load: load.running_requests == 1)
+        await asyncio.sleep(0.1)
+        _, values = await asyncio.wait_for(scrape(engine), 2)
+        assert values["vllm:num_requests_running"] == 1
+        assert values["vllm:kv_cache_usage_perc"] == 1 / 64
+        assert values["nanoinfer_engine_last_step_age_seconds"] > 0.05
+        engine.runner.gate.set()
+        assert await call.read() is not grpc.aio.EOF
+
+
+@pytest.mark.parametrize(("value", "bucket"), [(0.5, 0), (1.0, 0), (1.5, 1), (2.0, 1), (9.0, 2)])
+def test_a_bucket_takes_its_own_bound(value: float, bucket: int) -> None:
+    histogram = Histogram((1.0, 2.0))
+    histogram.observe(value)
+    snapshot = histogram.snapshot()
+    assert [i for i, count in enumerate(snapshot.counts) if count] == [bucket]
+    assert snapshot.total == value

@@ -1,0 +1,157 @@
+"""Settings, the checkpoint's sampling defaults, write slots, and the process itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from nanoinfer_common.config import parse_settings
+from nanoinfer_engine.config import CheckpointError
+from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
+from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.write_slots import WriteSlots
+
+
+def parse(*arguments: str) -> EngineSettings:
+    return parse_settings(EngineSettings, list(arguments), "nanoinfer-engine")
+
+
+def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
+    flags = "--port 0 --threads 2 --kv-cache-memory 64MiB --max-batch-tokens 128 --block-size 8"
+    settings = parse("--model", str(tmp_path), "--dtype", "bfloat16", *flags.split())
+    config = settings.engine_config()
+    assert config.model_path == tmp_path
+    assert (config.num_threads, config.kv_cache_bytes) == (2, 64 * 1024**2)
+    assert (config.max_batch_tokens, config.block_size, config.dtype) == (128, 8, "bfloat16")
+    assert settings.served_name == tmp_path.name
+    assert parse("--model", "a/b.pt").served_name == "b"
+    assert parse("--model", "a", "--model-name", "x").served_name == "x"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--model", "a", "--kv-cache-memory", "lots"],
+        ["--model", "a", "--kv-cache-memory", "0"],
+        ["--model", "a", "--threads", "0"],
+        ["--model", "a", "--dtype", "int3"],
+        ["--model", "a", "--max-batch-tokens", "8", "--max-batch-requests", "9"],
+        ["--model", "a", "--max-model-len", "1"],
+        ["--model", "a", "--no-such-flag", "1"],
+    ],
+)
+def test_an_invalid_setting_ends_the_start(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{}", SamplingDefaults()),
+        ('{"do_sample": false, "temperature": 0.6}', SamplingDefaults(temperature=0.0)),
+        ('{"do_sample": true, "temperature": 0.5, "top_k": 20}', SamplingDefaults(0.5, 1.0, 20)),
+        ('{"top_p": 0.75, "min_p": null}', SamplingDefaults(1.0, 0.75)),
+    ],
+)
+def test_defaults_of_a_checkpoint(tmp_path: Path, text: str, expected: SamplingDefaults) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    assert read_sampling_defaults(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[]", '{"temperature": "hot"}', '{"top_p": 0}', '{"temperature": NaN}']
+)
+def test_invalid_defaults_refuse_the_checkpoint(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        read_sampling_defaults(tmp_path)
+
+
+def test_no_file_means_the_contract_defaults(tmp_path: Path) -> None:
+    assert read_sampling_defaults(tmp_path) == SamplingDefaults(1.0, 1.0, 0, 0.0)
+
+
+async def test_slots_bound_what_is_in_flight_and_keep_the_order() -> None:
+    slots = WriteSlots(num_slots=2, max_hold_seconds=5)
+    running, most, order = 0, 0, []
+
+    async def write(name: int) -> None:
+        nonlocal running, most
+        async with slots.slot():
+            order.append(name)
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.005)
+            running -= 1
+
+    await asyncio.gather(*(write(name) for name in range(10)))
+    assert most == 2
+    assert order == list(range(10))
+
+
+async def test_a_slot_is_not_held_for_long() -> None:
+    slots = WriteSlots(num_slots=1, max_hold_seconds=0.05)
+    stuck = asyncio.Event()
+
+    async def stall() -> None:
+        async with slots.slot():
+            await stuck.wait()
+
+    task = asyncio.create_task(stall())
+    await asyncio.sleep(0)
+    started = time.monotonic()
+    async with slots.slot():
+        assert 0.02 < time.monotonic() - started < 1
+    stuck.set()
+    await task
+    async with asyncio.timeout(1):  # the late end gives no second slot away
+        async with slots.slot():
+            waiting = asyncio.create_task(stall())
+            await asyncio.sleep(0.01)
+            assert slots._free.locked()
+        await waiting
+
+
+def test_the_process_serves_drains_and_exits(tiny_model: Path, tmp_path: Path) -> None:
+    port_file = tmp_path / "port"
+    flags = ["--model", str(tiny_model), "--port", "0", "--port-file", str(port_file)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanoinfer_engine", *flags, "--kv-cache-memory", "4MiB"],
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    try:
+        end = time.monotonic() + 60
+        while b"SERVER_STATE_SERVING" not in (tmp_path / "log").read_bytes():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert port_file.read_text().startswith("listening on 127.0.0.1:")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_broken_checkpoint_exits_with_a_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "nanoinfer_engine", "--model", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert b"config.json" in done.stderr
