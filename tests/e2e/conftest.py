@@ -81,7 +81,7 @@ def stack(
         GUIDE,
         tmp_path_factory.mktemp("stack"),
         engine_flags=["--max-batch-tokens", "64"],
-        gateway_flags=["--trust-incoming-trace", "true"],
+        gateway_flags=["--trust-incoming-trace"],
         environment=environment,
     ) as running:
         yield running

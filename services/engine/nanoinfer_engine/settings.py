@@ -16,6 +16,12 @@ class EngineSettings(ServiceSettings):
     """Flags, environment and file of `python -m nanoinfer_engine`; `--model` alone is required."""
 
     port: int = Field(50053, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    metrics_port: int | None = Field(
+        9093, ge=0, le=65535, description="Port of /metrics; 0 takes a free one, `none` is off."
+    )
+    trust_incoming_trace: bool = Field(
+        True, description="Continue the caller's trace: inside a cluster the gateway is trusted."
+    )
     model: Path = Field(description="Model directory, or a .pt checkpoint.")
     model_name: str | None = Field(
         None, min_length=1, max_length=128, description="Name that requests give; its file name."

@@ -17,6 +17,9 @@ class TokenizerSettings(ServiceSettings):
     metrics_port: int | None = Field(
         9092, ge=0, le=65535, description="Port of /metrics; 0 takes a free one, `none` is off."
     )
+    trust_incoming_trace: bool = Field(
+        True, description="Continue the caller's trace: inside a cluster the gateway is trusted."
+    )
     model: Path = Field(description="Model directory, or a checkpoint that brings no tokenizer.")
     tokenizer: Path | None = Field(
         None,
