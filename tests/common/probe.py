@@ -29,6 +29,7 @@ class ProbeService:
         self.events: list[str] = []
         self.release = asyncio.Event()
         self.running = 0
+        self.peers: set[str] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         handlers = {
@@ -53,6 +54,7 @@ class ProbeService:
         self.events.append("stop")
 
     async def unary(self, request: bytes, context: Any) -> bytes:
+        self.peers.add(context.peer())
         await self.act(request, context)
         return request
 

@@ -6,7 +6,7 @@ another replica themselves.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 
@@ -15,12 +15,9 @@ from nanoinfer_common.interceptors import client_interceptors
 MAX_RECEIVE_BYTES: Final = 8 * 1024 * 1024
 KEEPALIVE_MILLISECONDS: Final = 60_000
 KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 20_000
-TOKENIZER_UNARY_TIMEOUT: Final = "5s"
+TOKENIZER_UNARY_SECONDS: Final = 5.0
 
 _TOKENIZER: Final = "nanoinfer.v1.TokenizerService"
-_TOKENIZER_UNARY: Final = (
-    *("Encode", "EncodeBatch", "RenderChat", "Decode", "GetTokenizerInfo", "GetServerInfo"),
-)
 
 
 def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel:
@@ -41,24 +38,19 @@ def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel
         ("grpc.max_reconnect_backoff_ms", 5000),
         ("grpc.service_config", json.dumps(service_config(round_robin))),
     ]
-    return grpc.aio.insecure_channel(
-        address, options=options, interceptors=client_interceptors(address)
-    )
+    interceptors = [cast(grpc.aio.ClientInterceptor, _TokenizerTimeout())]
+    interceptors += client_interceptors(address)
+    return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
 
 
 def service_config(round_robin: bool = False) -> dict[str, Any]:
-    """Returns the gRPC service config: retries, timeouts, load balancing, health checks."""
+    """Returns the gRPC service config: retries, load balancing, health checks."""
     config: dict[str, Any] = {
         "methodConfig": [
             {
                 "name": [{"service": "nanoinfer.v1.GatewayService"}],
                 "waitForReady": True,
                 "retryPolicy": _retry_policy(3, "0.1s", "2s"),
-            },
-            {
-                "name": [{"service": _TOKENIZER, "method": method} for method in _TOKENIZER_UNARY],
-                "timeout": TOKENIZER_UNARY_TIMEOUT,
-                "retryPolicy": _retry_policy(4, "0.05s", "1s"),
             },
             {
                 "name": [{"service": _TOKENIZER}],
@@ -71,6 +63,31 @@ def service_config(round_robin: bool = False) -> dict[str, Any]:
         config["loadBalancingConfig"] = [{"round_robin": {}}]
         config["healthCheckConfig"] = {"serviceName": ""}
     return config
+
+
+class _TokenizerTimeout(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
+    """Bounds unary tokenizer calls to 5 s, retries included.
+
+    Not by the service config's `timeout`, which ends calls up to 2 s too early (grpc#34547,
+    grpc#40633: "2s" fired after 0.24 s) and which servers do not get to see.
+    """
+
+    async def intercept_unary_unary(
+        self, continuation: Any, client_call_details: Any, request: Any
+    ) -> Any:
+        details = client_call_details
+        method = details.method.decode() if isinstance(details.method, bytes) else details.method
+        if method.startswith(f"/{_TOKENIZER}/"):
+            given = details.timeout
+            seconds = TOKENIZER_UNARY_SECONDS
+            details = grpc.aio.ClientCallDetails(
+                details.method,
+                seconds if given is None else min(given, seconds),
+                details.metadata,
+                details.credentials,
+                details.wait_for_ready,
+            )
+        return await continuation(details, request)
 
 
 def _retry_policy(

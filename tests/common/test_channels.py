@@ -1,0 +1,127 @@
+"""Retries, timeouts and balancing of the channels."""
+
+import asyncio
+import json
+from typing import Any
+
+import grpc
+import pytest
+from nanoinfer.v1 import tokenizer_pb2 as pb
+from nanoinfer.v1 import tokenizer_pb2_grpc
+from nanoinfer_common import errors, names
+from nanoinfer_common.channels import open_channel, service_config
+from nanoinfer_common.config import ServiceSettings
+from nanoinfer_common.server import ServiceStatus, running
+from prometheus_client import CollectorRegistry
+
+
+class Tokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
+    """Refuses the first calls with UNAVAILABLE and counts all."""
+
+    name = "nanoinfer-tokenizer"
+    full_name = "nanoinfer.v1.TokenizerService"
+
+    def __init__(self, status: ServiceStatus, num_refused: int = 0) -> None:
+        self.status = status
+        self.registry = CollectorRegistry()
+        self.num_refused = num_refused
+        self.num_calls = 0
+        self.timeouts: list[float | None] = []
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(self, server)
+
+    async def start(self) -> None: ...
+
+    async def drain(self, seconds: float) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def Encode(self, request: Any, context: Any) -> Any:
+        self.num_calls += 1
+        self.timeouts.append(context.time_remaining())
+        if self.num_calls <= self.num_refused:
+            raise errors.unavailable(names.TOKENIZER_UNAVAILABLE, "not now")
+        return pb.TokenizerServiceEncodeResponse()
+
+    async def DecodeStream(self, request: Any, context: Any) -> Any:
+        self.timeouts.append(context.time_remaining())
+        async for _ in request:
+            yield pb.TokenizerServiceDecodeStreamResponse(text="x")
+
+
+def serving(num_refused: int, made: list[Tokenizer]) -> Any:
+    def factory(status: ServiceStatus) -> Tokenizer:
+        made.append(Tokenizer(status, num_refused))
+        return made[-1]
+
+    return running(factory, ServiceSettings(drain_seconds=0.1))
+
+
+@pytest.mark.parametrize(("num_refused", "code"), [(3, "OK"), (4, "UNAVAILABLE")])
+async def test_unavailable_is_retried_at_most_four_times(num_refused: int, code: str) -> None:
+    made: list[Tokenizer] = []
+    async with serving(num_refused, made) as server, open_channel(server.address) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        call: Any = stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))
+        assert (await call.code()).name == code
+    assert made[0].num_calls == 4
+
+
+async def test_a_shorter_timeout_is_kept_and_a_longer_one_cut() -> None:
+    made: list[Tokenizer] = []
+    async with serving(0, made) as server, open_channel(server.address) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        for timeout in (2, 60):
+            await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"), timeout=timeout)
+    short, cut = made[0].timeouts
+    assert short is not None
+    assert cut is not None
+    assert 1 < short <= 2
+    assert 4 < cut <= 5
+
+
+async def test_only_unary_tokenizer_calls_get_five_seconds() -> None:
+    made: list[Tokenizer] = []
+    async with serving(0, made) as server, open_channel(server.address) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))
+        request = pb.TokenizerServiceDecodeStreamRequest()
+        assert len([reply async for reply in stub.DecodeStream(iter([request]))]) == 1
+    unary, stream = made[0].timeouts
+    assert unary is not None
+    assert 4 < unary <= 5
+    assert stream is None
+
+
+async def test_round_robin_spreads_and_avoids_those_not_serving() -> None:
+    made: list[Tokenizer] = []
+    async with serving(0, made) as one, serving(0, made) as two:
+        target = f"ipv4:{one.address},{two.address}"
+        async with open_channel(target, round_robin=True) as channel:
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            for _ in range(30):
+                await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))
+                if all(service.num_calls for service in made):
+                    break
+                await asyncio.sleep(0.02)
+            assert all(service.num_calls for service in made)
+            one.status.set_stalled()
+            await asyncio.sleep(0.3)
+            before = made[0].num_calls
+            for _ in range(6):
+                await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))
+            assert made[0].num_calls == before
+            one.status.set_serving()
+        one.status.set_draining()
+        two.status.set_draining()
+
+
+def test_the_engine_is_never_retried() -> None:
+    config = service_config(round_robin=True)
+    assert "EngineService" not in json.dumps(config)
+    for entry in config["methodConfig"]:
+        assert entry["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+        assert entry["retryPolicy"]["maxAttempts"] <= 5
+    assert config["healthCheckConfig"] == {"serviceName": ""}
+    assert "loadBalancingConfig" not in service_config()

@@ -1,0 +1,231 @@
+"""A service as a process: start, signals, drain, failure, exit codes."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from nanoinfer_common import errors
+from nanoinfer_common.channels import open_channel
+
+from tests.common.probe import FULL_NAME, call
+
+COMMAND = [sys.executable, "-W", "error", "-m", "tests.common.process_probe"]
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Process:
+    process: subprocess.Popen[str]
+    address: str
+    channel: grpc.aio.Channel
+
+    async def health(self, name: str) -> str:
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        reply = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=2)
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+
+    async def become(self, name: str, wanted: str) -> None:
+        for _ in range(250):
+            if await self.health(name) == wanted:
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{name!r} did not become {wanted}")
+
+    async def end(self, seconds: float = 5) -> tuple[int, list[dict[str, Any]]]:
+        """Waits for the exit; returns its code and the log."""
+        _, log = await asyncio.to_thread(self.process.communicate, timeout=seconds)
+        return self.process.returncode, [json.loads(line) for line in log.splitlines()]
+
+    def terminate(self) -> float:
+        self.process.send_signal(signal.SIGTERM)
+        return time.monotonic()
+
+
+@asynccontextmanager
+async def start_process(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
+    port_file = tmp_path / "port"
+    process = subprocess.Popen(
+        [*COMMAND, "--port-file", str(port_file), *flags],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for _ in range(1000):
+            if port_file.exists() or process.poll() is not None:
+                break
+            await asyncio.sleep(0.01)
+        line = port_file.read_text()
+        assert line.startswith("listening on 127.0.0.1:")
+        address = line.split()[-1]
+        async with open_channel(address) as channel:
+            yield Process(process, address, channel)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+async def test_drain_in_order(tmp_path: Path) -> None:
+    flags = ("--drain-delay-seconds", "0.5", "--drain-seconds", "1")
+    async with start_process(tmp_path, *flags) as probe:
+        for name in ("", FULL_NAME, "readiness", "liveness"):
+            await probe.become(name, "SERVING")
+        stream: Any = probe.channel.unary_stream(f"/{FULL_NAME}/unary_stream")
+        admitted = stream(b"wait")
+        assert await admitted.read() == b"first"
+        watch: Any = probe.channel.unary_stream(f"/{FULL_NAME}/WatchLoad")
+        watching = watch(b"")
+        await watching.read()
+
+        sent = probe.terminate()
+        for name in ("", FULL_NAME, "readiness"):
+            await probe.become(name, "NOT_SERVING")
+        assert await probe.health("liveness") == "SERVING"
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(probe.channel, "unary_unary", b"new")
+        error = errors.from_rpc_error(refused.value)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert error.retry_after is not None
+        # GetServerInfo answers still, and says so.
+        info: Any = probe.channel.unary_unary(f"/{FULL_NAME}/GetServerInfo")
+        assert await info(b"")
+
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await admitted.read()
+        error = errors.from_rpc_error(ended.value)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert 1.4 < time.monotonic() - sent < 4
+        code, log = await probe.end()
+    assert code == 0
+    assert log[-1]["event"] == "stopped"
+    assert [entry["state"] for entry in log if entry["event"] == "state"] == [
+        "SERVER_STATE_SERVING",
+        "SERVER_STATE_DRAINING",
+    ]
+
+
+async def test_admitted_work_finishes_and_a_watch_holds_nobody_up(tmp_path: Path) -> None:
+    async with start_process(tmp_path, "--drain-seconds", "20") as probe:
+        await probe.become("", "SERVING")
+        stub = health_pb2_grpc.HealthStub(probe.channel)
+        health = stub.Watch(health_pb2.HealthCheckRequest())
+        watch: Any = probe.channel.unary_stream(f"/{FULL_NAME}/WatchLoad")
+        watching = watch(b"")
+        await watching.read()
+        running = asyncio.ensure_future(call(probe.channel, "unary_unary", b"slow"))
+        await running
+        sent = probe.terminate()
+        code, _ = await probe.end()
+        assert time.monotonic() - sent < 4
+        health.cancel()
+    assert code == 0
+
+
+async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    flags = ("--drain-seconds", "60", "--ignores-drain")
+    async with start_process(tmp_path, *flags) as probe:
+        await probe.become("", "SERVING")
+        waiting = asyncio.ensure_future(call(probe.channel, "unary_unary", b"wait"))
+        await asyncio.sleep(0.1)
+        probe.terminate()
+        await probe.become("", "NOT_SERVING")
+        sent = probe.terminate()
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await waiting
+        assert errors.from_rpc_error(ended.value).reason == "SHUTTING_DOWN"
+        code, _ = await probe.end()
+        assert time.monotonic() - sent < 3
+    assert code == 0
+
+
+async def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
+    async with start_process(tmp_path, "--start-mode", "slow thread") as probe:
+        assert await probe.health("") == "NOT_SERVING"
+        assert await probe.health("liveness") == "SERVING"
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(probe.channel, "unary_unary", b"early")
+        error = errors.from_rpc_error(refused.value)
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "LOADING")
+        probe.terminate()
+        code, _ = await probe.end(4)
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "event"), [("refused", "cannot start"), ("broken", "fatal"), ("fails later", "fatal")]
+)
+async def test_failures_exit_with_one(tmp_path: Path, mode: str, event: str) -> None:
+    async with start_process(tmp_path, "--start-mode", mode) as probe:
+        code, log = await probe.end()
+    assert code == 1
+    (entry,) = [entry for entry in log if entry["level"] == "error"]
+    assert entry["event"] == event
+    assert ("exception" in entry) is (event == "fatal")
+
+
+def run(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *flags],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def taken_port(use: Callable[[int], None]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        use(taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_taken_port_exits_with_one_and_says_so(flag: str) -> None:
+    def check(port: int) -> None:
+        result = run(flag, str(port))
+        assert result.returncode == 1
+        assert f"127.0.0.1:{port}" in result.stderr
+        assert "in use" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    taken_port(check)
+
+
+def test_bad_settings_exit_with_two() -> None:
+    assert run("--port", "nonsense").returncode == 2
+    bad = run("--port", "0", NANOINFER_LOG_LEVEL="loud")
+    assert (bad.returncode, "NANOINFER_LOG_LEVEL" in bad.stderr) == (2, True)
+
+
+def test_a_port_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    result = run("--port-file", str(tmp_path / "missing" / "port"))
+    assert result.returncode == 1
+    assert "cannot write" in result.stderr
+
+
+def test_an_unsupported_otlp_protocol_is_an_error() -> None:
+    result = run(
+        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1",
+        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+    )
+    assert result.returncode == 1
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL" in result.stderr

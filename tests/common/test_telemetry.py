@@ -1,0 +1,170 @@
+"""Export to an OTLP collector, what happens without one, and spans made afterwards."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import grpc
+import pytest
+from nanoinfer_common import telemetry
+from nanoinfer_common.errors import StartError
+from nanoinfer_common.telemetry import BoundedSpanProcessor, DroppedSpans, SpanEvent
+from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+
+    def Export(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    servicer = Collector()
+    with futures.ThreadPoolExecutor(2) as pool:
+        server = grpc.server(pool)
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        yield servicer
+        server.stop(None).wait()
+
+
+@pytest.fixture
+def provider(monkeypatch: pytest.MonkeyPatch) -> list[TracerProvider]:
+    """Catches the provider instead of making it the process's, which can be done once only."""
+    caught: list[TracerProvider] = []
+    monkeypatch.setattr(trace, "set_tracer_provider", caught.append)
+    return caught
+
+
+def test_spans_arrive_with_their_resource(
+    collector: Collector, provider: list[TracerProvider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "k8s.pod.name=pod-1")
+    flush = telemetry.configure_tracing("nanoinfer-engine")
+    provider[0].get_tracer("t").start_span("one").end()
+    started = time.monotonic()
+    flush()
+    assert time.monotonic() - started < 2.5
+    (resource_spans,) = collector.requests[0].resource_spans
+    found = {item.key: item.value.string_value for item in resource_spans.resource.attributes}
+    assert found["service.name"] == "nanoinfer-engine"
+    assert found["service.version"] == telemetry.product_version()
+    assert len(found["service.instance.id"]) == 36
+    assert found["k8s.pod.name"] == "pod-1"
+    assert [span.name for span in resource_spans.scope_spans[0].spans] == ["one"]
+
+
+def test_the_sampler_comes_from_the_environment(
+    collector: Collector, provider: list[TracerProvider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    flush = telemetry.configure_tracing("nanoinfer-engine")
+    provider[0].get_tracer("t").start_span("one").end()
+    flush()
+    assert collector.requests == []
+
+
+def test_without_an_endpoint_nothing_is_set_up(provider: list[TracerProvider]) -> None:
+    telemetry.configure_tracing("nanoinfer-engine")()
+    assert provider == []
+
+
+def test_other_protocols_are_refused(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
+    with pytest.raises(StartError, match="http/json"):
+        telemetry.configure_tracing("nanoinfer-engine")
+
+
+def test_an_absent_collector_costs_nothing_and_is_counted(
+    provider: list[TracerProvider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    before = telemetry.DROPPED_SPANS.count
+    flush = telemetry.configure_tracing("nanoinfer-engine")
+    started = time.monotonic()
+    for _ in range(10):
+        provider[0].get_tracer("t").start_span("one").end()
+    assert time.monotonic() - started < 0.5
+    flush()
+    assert time.monotonic() - started < 3
+    for _ in range(300):
+        if telemetry.DROPPED_SPANS.count == before + 10:
+            break
+        time.sleep(0.01)
+    assert telemetry.DROPPED_SPANS.count == before + 10
+
+
+class StuckExporter(SpanExporter):
+    """Blocks until released, as an exporter whose collector does not answer."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.num_exported = 0
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.release.wait(10)
+        self.num_exported += len(spans)
+        return SpanExportResult.SUCCESS
+
+
+def test_a_stuck_collector_bounds_memory_and_drops() -> None:
+    exporter, dropped = StuckExporter(), DroppedSpans()
+    processor = BoundedSpanProcessor(exporter, dropped, max_queued=64)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(processor)
+    tracer = provider.get_tracer("t")
+    started = time.monotonic()
+    for _ in range(1000):
+        tracer.start_span("s").end()
+    assert time.monotonic() - started < 2
+    # One batch may be with the exporter beside the queue.
+    assert 1000 - 2 * 64 <= dropped.count <= 1000 - 64
+    exporter.release.set()
+    provider.shutdown()
+    assert exporter.num_exported + dropped.count == 1000
+    (family,) = dropped.collect()
+    assert family.samples[0].name == "nanoinfer_trace_spans_dropped_total"
+    assert family.samples[0].value == dropped.count
+
+
+def test_unsampled_spans_are_not_counted() -> None:
+    dropped = DroppedSpans()
+    processor = BoundedSpanProcessor(InMemorySpanExporter(), dropped)
+    processor.on_end(ReadableSpan("s", trace.SpanContext(1, 2, False)))
+    processor.shutdown()
+    assert dropped.count == 0
+
+
+def test_spans_made_afterwards(spans: InMemorySpanExporter) -> None:
+    parent = trace.SpanContext(7, 8, is_remote=True, trace_flags=trace.TraceFlags(1))
+    events = [SpanEvent("first_token", 1500, {"n": 1}), SpanEvent("resumed", 1600)]
+    telemetry.record_span(
+        "prefill", 1000, 2000, attributes={"chunks": 3}, events=events, parent=parent
+    )
+    telemetry.record_span("alone", 5, 6, attributes={})
+    with telemetry.tracer().start_as_current_span("outer") as outer:
+        telemetry.record_span("inner", 5, 6, attributes={})
+    made, alone, inner, _ = spans.get_finished_spans()
+    assert (made.name, made.start_time, made.end_time) == ("prefill", 1000, 2000)
+    assert dict(made.attributes or {}) == {"chunks": 3}
+    assert [(event.name, event.timestamp) for event in made.events] == [
+        ("first_token", 1500),
+        ("resumed", 1600),
+    ]
+    assert made.parent == parent
+    assert made.context.trace_id == 7
+    assert alone.parent is None
+    assert inner.parent == outer.get_span_context()
