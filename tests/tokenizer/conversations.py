@@ -8,7 +8,7 @@ HARMLESS: list[Conversation] = [
     [("user", "1 < 2 and a <b> tag, [brackets] | pipes |>"), ("assistant", "Yes."), ("user", "ok")],
     [("user", "  spaces around  \n"), ("assistant", "\n\nlines\n"), ("user", "\ttab")],
     [
-        ("user", "e\u0301 caf\u00e9 \U0001f469\u200d\U0001f4bb 你好"),
+        ("user", "e\u0301 café \U0001f469\u200d\U0001f4bb 你好"),
         ("assistant", "😀"),
         ("user", "…"),
     ],

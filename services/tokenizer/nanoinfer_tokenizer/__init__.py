@@ -1,4 +1,10 @@
-"""Text to ids and back: encodings, chat templates, the vocabulary.
+"""The tokenizer service: text to ids and back, chat templates, the vocabulary.
 
-Everything below `service` knows neither grpc nor the protos.
+    __main__ → service → work | checks          threads and their bound; what is accepted
+               service → served → chat → guard  no message forges a special token
+                                  chat → template_process → template_worker
+               service → streaming              whole characters
+               service → served → loading → byte_level | library → document → encodings
+
+Only `service`, `work`, `checks` and `settings` know grpc, the protos or metrics.
 """

@@ -1,10 +1,8 @@
 """The tokenizer's RPCs: proto to core and back."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,21 +13,13 @@ from nanoinfer.v1 import tokenizer_pb2_grpc
 from nanoinfer.v1.generation_pb2 import TokenIds
 from nanoinfer_common import errors, names, telemetry
 from nanoinfer_common.errors import ServiceError, Violation
-from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.status import ServiceStatus
 from nanoinfer_common.validation import validate_messages
 
 from nanoinfer_tokenizer import checks
 from nanoinfer_tokenizer.chat import ChatRenderer, Message, RenderedChat
-from nanoinfer_tokenizer.encodings import (
-    Encoding,
-    Frame,
-    TokenizerFileError,
-    UnknownTokenIdError,
-    Vocabulary,
-    encode_with_special,
-)
-from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
+from nanoinfer_tokenizer.encodings import Frame, UnknownTokenIdError, encode_with_special
+from nanoinfer_tokenizer.served import Served, load_served
 from nanoinfer_tokenizer.settings import TokenizerSettings
 from nanoinfer_tokenizer.streaming import StreamDecoder
 from nanoinfer_tokenizer.template_process import TemplateRefusedError, TemplateTimeoutError
@@ -42,23 +32,6 @@ _DECODE_RUN = 4096  # ids decoded in one go: less than a millisecond
 Context: TypeAlias = Any
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class _Served:
-    """What is served once it is loaded."""
-
-    tokenizer: LoadedTokenizer
-    fingerprint: bytes
-    chat: ChatRenderer | None
-
-    @property
-    def encoding(self) -> Encoding:
-        return self.tokenizer.encoding
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.tokenizer.encoding.vocabulary
 
 
 class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
@@ -77,7 +50,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self._coding = WorkPool(settings.num_threads, bound, self._metrics)
         # Apart, so that slow templates hold nobody else up.
         self._rendering = WorkPool(settings.num_template_workers, bound, self._metrics)
-        self._loaded: _Served | None = None
+        self._loaded: Served | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the handlers."""
@@ -85,7 +58,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     async def start(self) -> None:
         """Loads the tokenizer and its chat template. Raises `TokenizerFileError`."""
-        loaded = self._loaded = await asyncio.to_thread(_load, self._settings)
+        loaded = self._loaded = await asyncio.to_thread(load_served, self._settings)
         info = loaded.encoding.info
         log.info(
             "tokenizer", tokenizer=loaded.tokenizer.name, backend=info.backend, reason=info.reason
@@ -219,7 +192,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return pb.TokenizerServiceGetServerInfoResponse(server=self._status.info())
 
     @property
-    def _served(self) -> _Served:
+    def _served(self) -> Served:
         if self._loaded is None:
             raise errors.unavailable(names.LOADING, "loading")
         return self._loaded
@@ -289,18 +262,3 @@ async def _decode(decoder: StreamDecoder, token_ids: Sequence[int]) -> str:
         violation = Violation("tokens.ids", str(error))
         raise errors.invalid(names.INVALID_TOKEN_IDS, str(error), violation) from error
     return "".join(text)
-
-
-def _load(settings: TokenizerSettings) -> _Served:
-    path = settings.tokenizer_path
-    tokenizer = load_tokenizer(path, settings.rank_file)
-    fingerprint = tokenizer_fingerprint(path)
-    if fingerprint is None:
-        raise TokenizerFileError(f"{path} has no tokenizer to fingerprint")
-    if settings.rank_file is not None:
-        # What changes ids or special tokens makes another tokenizer of the same file.
-        fingerprint = hashlib.sha256(fingerprint + repr(settings.rank_file).encode()).digest()
-    chat = None
-    if tokenizer.chat_template is not None:
-        chat = ChatRenderer(tokenizer.chat_template, tokenizer, settings.template_limits)
-    return _Served(tokenizer, fingerprint, chat)
