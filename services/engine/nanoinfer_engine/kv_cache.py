@@ -70,4 +70,6 @@ class KVCache:
         Attention reads whole blocks and masks the slots not yet written; a mask hides any finite
         number, but not a NaN or infinity that an earlier owner left behind.
         """
-        self._storage.index_fill_(2, blocks, 0)
+        for keys, values in self._layers:
+            keys.index_fill_(0, blocks, 0)
+            values.index_fill_(0, blocks, 0)

@@ -89,10 +89,14 @@ def rotary_table(
     return table.unsqueeze(2).to(dtype)
 
 
-def rotate(heads: Tensor, rotary: Tensor) -> Tensor:
-    """Turn [tokens, heads, head dim] by `rotary` [tokens, 2, 1, head dim]."""
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and signed sines of a step's positions, each [tokens, 1, head dim]."""
+
+
+def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Turn [tokens, heads, head dim] by its positions' angles."""
     swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-    return torch.addcmul(heads * rotary[:, 0], swapped, rotary[:, 1])
+    return torch.addcmul(heads * rotary[0], swapped, rotary[1])
 
 
 class RMSNorm(nn.Module):
@@ -126,7 +130,7 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, hidden: Tensor, rotary: Tensor, backend: AttentionBackend[PlanT], plan: PlanT
+        self, hidden: Tensor, rotary: Rotary, backend: AttentionBackend[PlanT], plan: PlanT
     ) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
         rotated = self.num_heads + self.num_kv_heads
@@ -169,7 +173,7 @@ class Layer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, hidden: Tensor, rotary: Tensor, backend: AttentionBackend[PlanT], plan: PlanT
+        self, hidden: Tensor, rotary: Rotary, backend: AttentionBackend[PlanT], plan: PlanT
     ) -> Tensor:
         """[tokens, hidden] → the same tensor, added to in place."""
         hidden += self.attention(self.attention_norm(hidden), rotary, backend, plan)
@@ -195,9 +199,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """[tokens], [tokens] → normalised hidden states [tokens, hidden]."""
         hidden: Tensor = self.embedding(token_ids)
-        rotary = self.rotary.index_select(0, positions)
+        cos, sin = self.rotary.index_select(0, positions).unbind(1)
         for layer in self.layers:
-            hidden = layer(hidden, rotary, backend, plan)
+            hidden = layer(hidden, (cos, sin), backend, plan)
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
