@@ -50,14 +50,15 @@ def check_against(model: torch.nn.Module, prompt: list[int], tokens: list[int]) 
     return ties
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "guide"])
+@pytest.mark.parametrize("kind", ["llama3", "qwen2", "qwen3", "mistral", "gpt2", "guide"])
 def test_greedy_tokens_equal_transformers(kind: str, tmp_path: Path) -> None:
     path = GUIDE if kind == "guide" else make_checkpoint(kind, tmp_path / kind)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     vocabulary = model.config.vocab_size
     source = random.Random(7)
     prompts = [[source.randrange(vocabulary) for _ in range(n)] for n in (3, 17, 61, 40, 1)]
-    flags = ["--model", str(path), "--max-batch-tokens", "24", "--threads", "1"]
+    flags = ["--model", str(path), "--threads", "1"]
+    flags += ["--max-batch-tokens", "24", "--max-batch-requests", "8"]
     with (
         start_service("nanoinfer_engine", flags, tmp_path / "log") as service,
         grpc.insecure_channel(service.address) as channel,
