@@ -113,6 +113,8 @@ class ProbeService:
                 task = asyncio.ensure_future(asyncio.sleep(10))
                 task.cancel()
                 await task
+            case b"slow":
+                await asyncio.sleep(1)
             case b"wait":
                 await self.release.wait()
             case _:

@@ -77,8 +77,9 @@ async def test_a_shorter_timeout_is_kept_and_a_longer_one_cut() -> None:
     short, cut = made[0].timeouts
     assert short is not None
     assert cut is not None
-    assert 1 < short <= 2
-    assert 4 < cut <= 5
+    # The server reckons from its own clock.
+    assert 1 < short < 2.5
+    assert 4 < cut < 5.5
 
 
 async def test_only_unary_tokenizer_calls_get_five_seconds() -> None:
@@ -90,7 +91,7 @@ async def test_only_unary_tokenizer_calls_get_five_seconds() -> None:
         assert len([reply async for reply in stub.DecodeStream(iter([request]))]) == 1
     unary, stream = made[0].timeouts
     assert unary is not None
-    assert 4 < unary <= 5
+    assert 4 < unary < 5.5
     assert stream is None
 
 

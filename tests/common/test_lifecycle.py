@@ -129,8 +129,9 @@ async def test_admitted_work_finishes_and_a_watch_holds_nobody_up(tmp_path: Path
         watching = watch(b"")
         await watching.read()
         running = asyncio.ensure_future(call(probe.channel, "unary_unary", b"slow"))
-        await running
+        await asyncio.sleep(0.2)
         sent = probe.terminate()
+        assert await (await running).code() is grpc.StatusCode.OK
         code, _ = await probe.end()
         assert time.monotonic() - sent < 4
         health.cancel()

@@ -44,6 +44,7 @@ Context: TypeAlias = Any
 # A client's own deadline reaches the server as a cancel; one this close to it was the deadline.
 DEADLINE_SLACK_SECONDS: Final = 0.05
 REFUSAL_RETRY_SECONDS: Final = 1.0
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 log = structlog.get_logger(__name__)
 
@@ -258,7 +259,6 @@ class RunningCall:
 
 def _as_code(code: object) -> grpc.StatusCode:
     # aio gives None until a code is set, and the bare number where one was set as a number.
-    known = {status.value[0]: status for status in grpc.StatusCode}
     if isinstance(code, int):
-        return known.get(code, grpc.StatusCode.UNKNOWN)
+        return _CODES.get(code, grpc.StatusCode.UNKNOWN)
     return cast(grpc.StatusCode, code) if code else grpc.StatusCode.OK
