@@ -108,7 +108,9 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
         metadata = dict(context.invocation_metadata())
         left = context.time_remaining()
         self._behaviour.arrivals.append(Arrival(method, request, metadata, left))
-        context.set_trailing_metadata((("x-trace-id", "ab" * 16),))
+        traced = str(metadata.get("traceparent", "")).split("-")
+        trace_id = traced[1] if len(traced) == 4 else "ab" * 16
+        context.set_trailing_metadata((("x-trace-id", trace_id),))
 
     def _unary(self, method: str, request: Any, context: Any, response: Any) -> Any:
         self._record(method, request, context)

@@ -210,6 +210,7 @@ def test_every_status_has_its_exception(
     assert error.message == "what happened"
     assert error.metadata == {"maxModelLen": "8"}
     assert error.request_id == "mine"
+    assert error.trace_id == "ab" * 16
     assert str(error) == f"{code.name} (SOME_REASON): what happened"
 
 

@@ -1,0 +1,67 @@
+"""Starts services for a measurement: real processes on loopback, no tracing, logs to files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+def _is_ready(address: str) -> bool:
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service="readiness")
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2)
+        except grpc.RpcError:
+            return False
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@contextmanager
+def service(module: str, *flags: str, seconds: float = 120) -> Iterator[str]:
+    """Runs `python -m module` and yields its address once it is ready; ends it afterwards."""
+    with tempfile.TemporaryDirectory() as directory:
+        port_file, log = Path(directory, "port"), Path(directory, "log")
+        common = ["--port", "0", "--port-file", str(port_file), "--metrics-port", "0"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *common, "--log-level", "warning", *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        try:
+            end = time.monotonic() + seconds
+            while True:
+                text = port_file.read_text().strip() if port_file.exists() else ""
+                if text and _is_ready(address := f"127.0.0.1:{text.rpartition(':')[2]}"):
+                    break
+                if process.poll() is not None or time.monotonic() > end:
+                    raise SystemExit(f"{module} is not ready:\n{log.read_text()}")
+                time.sleep(0.1)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@contextmanager
+def stack(model: Path, engine_flags: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+    """Tokenizer, engine and gateway on one model; yields their addresses by name."""
+    arguments = ["--model", str(model)]
+    with (
+        service("nanoinfer_tokenizer", *arguments) as tokenizer,
+        service("nanoinfer_engine", *arguments, *engine_flags) as engine,
+        service("nanoinfer_gateway", "--tokenizer", tokenizer, "--engine", engine) as gateway,
+    ):
+        yield {"tokenizer": tokenizer, "engine": engine, "gateway": gateway}

@@ -1,0 +1,126 @@
+"""Addresses, settings, pages of models, write slots, calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import pytest
+from nanoinfer.v1 import generation_pb2
+from nanoinfer_common.config import parse_settings
+from nanoinfer_common.errors import ServiceError
+from nanoinfer_gateway import addresses
+from nanoinfer_gateway.catalogue import list_page
+from nanoinfer_gateway.settings import GatewaySettings
+from nanoinfer_gateway.upstreams import Call
+from nanoinfer_gateway.write_slots import WriteSlots
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["host", "host:0", "host:65536", "ho st:1", "http://host:1", "host:port", ":1", ""],
+)
+def test_an_address_without_form_ends_the_start(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_settings(GatewaySettings, [f"--engine={address}"], "gateway")
+    assert raised.value.code == 2
+    assert "--engine" in capsys.readouterr().err
+
+
+def test_addresses_come_as_lists() -> None:
+    argv = ["--engine", "a:1,b:2", "--tokenizer", "127.0.0.1:5,127.0.0.2:6"]
+    settings = parse_settings(GatewaySettings, argv, "gateway")
+    assert settings.engine == ("a:1", "b:2")
+    assert settings.tokenizer == ("127.0.0.1:5", "127.0.0.2:6")
+
+
+def test_several_names_of_tokenizers_are_refused_at_start() -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_settings(GatewaySettings, ["--tokenizer", "a:1,b:2"], "gateway")
+    assert raised.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "target"),
+    [
+        (["tokenizer:5"], "dns:///tokenizer:5"),
+        (["dns:///tokenizer:5"], "dns:///tokenizer:5"),
+        (["unix:/run/t"], "unix:/run/t"),
+        (["localhost:1", "10.0.0.2:3", "ipv4:10.0.0.9:8"], "ipv4:127.0.0.1:1,10.0.0.2:3,10.0.0.9:8"),
+        (["[::1]:1", "ipv6:[fe80::2]:3"], "ipv6:[::1]:1,[fe80::2]:3"),
+    ],
+)
+def test_one_target_reaches_all_tokenizers(given: list[str], target: str) -> None:
+    assert addresses.balanced_target(given) == target
+
+
+async def test_engines_resolve_to_one_target_a_replica() -> None:
+    found = await addresses.resolve(["localhost:7", "127.0.0.2:8", "unix:/x", "[::1]:9"])
+    assert found == {"ipv4:127.0.0.1:7", "ipv4:127.0.0.2:8", "unix:/x", "ipv6:[::1]:9"}
+
+
+def models(*names: str) -> list[generation_pb2.ModelInfo]:
+    return [generation_pb2.ModelInfo(id=name) for name in names]
+
+
+def test_pages_join_up() -> None:
+    served = models(*[f"m{number:03}" for number in range(120)])
+    seen, token = [], ""
+    while True:
+        page, token = list_page(served, 50, token)
+        seen += page
+        if not token:
+            break
+    assert seen == served
+    assert len(list_page(served, 0, "")[0]) == 50
+    assert len(list_page(served, 2**31 - 1, "")[0]) == 100
+    assert list_page([], 0, "") == ([], "")
+
+
+@pytest.mark.parametrize(
+    ("size", "token"), [(-1, ""), (0, "x"), (0, "AAAA"), (0, "bW9kZWw="), (0, "é")]
+)
+def test_a_negative_size_and_a_foreign_token_are_refused(size: int, token: str) -> None:
+    with pytest.raises(ServiceError) as raised:
+        list_page(models("a"), size, token)
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.violations[0].field == ("page_size" if size else "page_token")
+
+
+async def test_slots_are_few_and_a_long_write_does_not_keep_them() -> None:
+    slots = WriteSlots(2)
+    inside, most = 0, 0
+
+    async def write(seconds: float) -> None:
+        nonlocal inside, most
+        async with slots.hold():
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(seconds)
+            inside -= 1
+
+    await asyncio.gather(*[write(0.001) for _ in range(20)])
+    assert most == 2
+    stalled = [asyncio.create_task(write(30)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(2):
+        await write(0.001)
+    for task in stalled:
+        task.cancel()
+    await asyncio.gather(*stalled, return_exceptions=True)
+    most = inside = 0
+    await asyncio.gather(*[write(0.001) for _ in range(20)])
+    assert most == 2  # what a stalled write gave back early was given back once
+
+
+def test_a_hop_gets_what_is_left_less_50_ms_up_to_its_cap() -> None:
+    call = Call(deadline=time.monotonic() + 2)
+    assert call.timeout() == pytest.approx(1.95, abs=0.02)
+    assert call.timeout(1.0) == 1.0
+    assert Call().timeout(3.0) == 3.0
+    with pytest.raises(ServiceError) as raised:
+        Call(deadline=time.monotonic() + 0.04).timeout()
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
