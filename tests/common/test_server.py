@@ -124,6 +124,22 @@ async def test_a_start_that_fails_still_stops_the_service() -> None:
     assert made[0].events == ["stop"]
 
 
+async def test_a_service_may_start_without_being_ready() -> None:
+    class Waiting(ProbeService):
+        async def start(self) -> None:
+            self.status.set_stalled()
+
+    async with (
+        running(Waiting, ServiceSettings()) as server,
+        open_channel(server.address) as channel,
+    ):
+        assert server.status.state == pb.SERVER_STATE_STALLED
+        assert await health(channel, "readiness") == "NOT_SERVING"
+        server.status.set_serving()
+        await settle()
+        assert await health(channel, "readiness") == "SERVING"
+
+
 async def test_a_taken_port_is_a_start_error(probe: Probe) -> None:
     with pytest.raises(StartError, match="is the port in use"):
         async with start_probe(port=probe.server.port):

@@ -19,6 +19,7 @@ import structlog
 import uvloop
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from nanoinfer.v1 import generation_pb2 as pb
 from prometheus_client import CollectorRegistry
 
 from nanoinfer_common import errors, names, telemetry
@@ -54,7 +55,8 @@ class Service(Protocol):
         """Registers the handlers."""
 
     async def start(self) -> None:
-        """Gets ready; the server reports SERVING once it returns. Cancelled by a shutdown.
+        """Gets ready. The server reports SERVING once it returns, or what the service itself set
+        meanwhile, such as STALLED while others are missing. Cancelled by a shutdown.
 
         StartError: it cannot, and the message alone tells why.
         """
@@ -192,10 +194,11 @@ class _Server:
         return RunningServer(address, port, metrics_port, self.status)
 
     async def start(self) -> None:
-        """Gets the service ready and reports it."""
+        """Gets the service ready and reports it, unless the service said otherwise meanwhile."""
         await self.service.start()
         self.loaded = True
-        self.status.set_serving()
+        if self.status.state == pb.SERVER_STATE_LOADING:
+            self.status.set_serving()
         await self.status.publish()
 
     async def drain(self) -> None:
