@@ -117,10 +117,12 @@ class Generation:
             self._read(_engine_request(request, options, prompt), completions)
         )
         try:
-            while not self._ended:
+            ended = False
+            while not ended:
                 await self._news.wait()
                 self._news.clear()
                 async with slot():
+                    ended = self._ended
                     update = completions.take()
                     self._room.set()
                     if self._succeeded:

@@ -18,6 +18,7 @@ from nanoinfer_common.telemetry import server_span
 from opentelemetry import trace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+_METHODS: Final = ("Generate", "GenerateStream", "Chat", "ChatStream", "CountTokens")
 # upstreams' reasons become label values only where we know them
 _KNOWN_REASONS: Final = frozenset(
     value for value in vars(names).values() if isinstance(value, str) and value.isupper()
@@ -39,6 +40,9 @@ class GatewayMetrics:
         self._inflight = Gauge(
             names.GATEWAY_INFLIGHT, "Requests under way.", ("method",), registry=registry
         )
+        for method in _METHODS:
+            # There from the start: autoscalers take an absent series for a fault.
+            self._inflight.labels(method)
         self._rejections = Counter(
             names.GATEWAY_ADMISSION_REJECTIONS,
             "Requests refused by admission, by the bound that was reached.",

@@ -20,9 +20,7 @@ async def engine() -> FakeEngine:
 
 
 @pytest.fixture
-async def running_gateway(
-    tokenizer: FakeTokenizer, engine: FakeEngine
-) -> AsyncIterator[Gateway]:
+async def running_gateway(tokenizer: FakeTokenizer, engine: FakeEngine) -> AsyncIterator[Gateway]:
     async with (
         serving(tokenizer) as tokenizer_server,
         serving(engine) as engine_server,

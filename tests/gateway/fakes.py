@@ -204,6 +204,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     metadata: list[dict[str, Any]] = field(default_factory=list)
     remaining: list[float] = field(default_factory=list)
     num_running: int = 0
+    num_reports: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -230,6 +231,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         while True:
             self.changed.clear()
             yield engine_pb2.EngineServiceWatchLoadResponse(load=self.load)
+            self.num_reports += 1
             await self.changed.wait()
 
     def report(self, **load: Any) -> None:

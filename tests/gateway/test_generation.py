@@ -14,7 +14,12 @@ from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common.errors import ServiceError, unavailable
 from nanoinfer_gateway.collecting import collect
 from nanoinfer_gateway.completions import Update
-from nanoinfer_gateway.generation import MAX_PENDING_TOKENS, Generation, GenerationRequest, Upstreams
+from nanoinfer_gateway.generation import (
+    MAX_PENDING_TOKENS,
+    Generation,
+    GenerationRequest,
+    Upstreams,
+)
 from nanoinfer_gateway.upstreams import Call, EncodedPrompt
 from nanoinfer_gateway.vocabulary import Vocabulary
 from nanoinfer_gateway.write_slots import WriteSlots
@@ -82,9 +87,7 @@ def play(*messages: EngineResponse | Exception) -> Behaviour:
     return behave
 
 
-def options(
-    *stops: str, n: int | None = None, **stopping: Any
-) -> gateway_pb2.GenerationOptions:
+def options(*stops: str, n: int | None = None, **stopping: Any) -> gateway_pb2.GenerationOptions:
     result = gateway_pb2.GenerationOptions(stop=stops)
     if n is not None:
         result.sampling.n = n
@@ -112,6 +115,16 @@ def generation(
         time.perf_counter_ns(),
     )
     return Generation(Upstreams(Encoder(), source, vocabulary), request, lambda _: None)
+
+
+async def read(running: Generation, received: list[Update], pause: float = 0) -> None:
+    async for update in running.updates(nullcontext):
+        received.append(update)
+        await asyncio.sleep(pause)
+
+
+def text_of(updates: Iterable[Update]) -> str:
+    return "".join(delta.text for update in updates for delta in update.deltas)
 
 
 async def run(
@@ -213,13 +226,14 @@ async def test_stop_strings_cross_tokens_characters_and_messages(
 async def test_a_stop_string_ends_the_engines_call_before_the_last_message() -> None:
     source = Source(endless())
     asked = options("aaa")
-    answers = [update async for update in generation(source, asked).updates(nullcontext)]
-    last = answers[-1]
+    received: list[Update] = []
+    await read(generation(source, asked), received)
+    last = received[-1]
     assert source.closed.is_set()
     assert last.summary is not None
     assert last.summary.usage == generation_pb2.Usage(prompt_tokens=2, completion_tokens=3)
     assert last.summary.timings.decode_ns > 0
-    assert "".join(delta.text for answer in answers for delta in answer.deltas) == ""
+    assert text_of(received) == ""
     assert last.finishes[0].reason == generation_pb2.FINISH_REASON_STOP
 
 
@@ -307,6 +321,14 @@ async def test_a_character_cut_off_by_the_end_is_replaced_and_the_withheld_comes
     assert answer.choices[0].text == " STO\ufffd"
 
 
+async def test_the_end_arrives_also_while_a_message_is_being_written() -> None:
+    received: list[Update] = []
+    await read(generation(Source(tell(ids_of(b"abc")))), received, pause=0.01)
+    assert text_of(received) == "abc"
+    assert received[-1].finishes == [finish()]
+    assert received[-1].summary is not None
+
+
 async def test_deltas_pile_up_while_no_slot_is_free() -> None:
     slots = WriteSlots(1)
     source = Source(tell(ids_of(b"a" * 50)))
@@ -352,11 +374,10 @@ async def test_a_loss_mid_stream_delivers_what_came_and_counts_it() -> None:
         EngineResponse(deltas=[delta(ids_of(b"Hello", b" world"))]),
         unavailable("ENGINE_LOST", "gone"),
     )
-    text = ""
+    received: list[Update] = []
     with pytest.raises(ServiceError) as raised:
-        async for update in generation(Source(behaviour)).updates(nullcontext):
-            text += "".join(delta.text for delta in update.deltas)
-    assert text == "Hello world"
+        await read(generation(Source(behaviour)), received)
+    assert text_of(received) == "Hello world"
     assert raised.value.reason == "ENGINE_LOST_MID_STREAM"
     assert raised.value.metadata == {"outputTokens": "2"}
 

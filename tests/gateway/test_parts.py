@@ -49,7 +49,10 @@ def test_several_names_of_tokenizers_are_refused_at_start() -> None:
         (["tokenizer:5"], "dns:///tokenizer:5"),
         (["dns:///tokenizer:5"], "dns:///tokenizer:5"),
         (["unix:/run/t"], "unix:/run/t"),
-        (["localhost:1", "10.0.0.2:3", "ipv4:10.0.0.9:8"], "ipv4:127.0.0.1:1,10.0.0.2:3,10.0.0.9:8"),
+        (
+            ["localhost:1", "10.0.0.2:3", "ipv4:10.0.0.9:8"],
+            "ipv4:127.0.0.1:1,10.0.0.2:3,10.0.0.9:8",
+        ),
         (["[::1]:1", "ipv6:[fe80::2]:3"], "ipv6:[::1]:1,[fe80::2]:3"),
     ],
 )

@@ -17,6 +17,7 @@ from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import generation_pb2, tokenizer_pb2
 
 from tests.gateway.fakes import (
+    BIG,
     FINGERPRINT,
     FakeEngine,
     FakeTokenizer,
@@ -48,6 +49,11 @@ def detail(error: grpc.aio.AioRpcError, kind: Any) -> Any:
             packed.Unpack(kind)
             return kind
     raise AssertionError(f"no {kind.DESCRIPTOR.name}")
+
+
+async def drain(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
 
 
 def without_times(summary: generation_pb2.GenerationSummary) -> generation_pb2.GenerationSummary:
@@ -463,39 +469,67 @@ async def test_several_models_are_a_union_and_must_be_named(tokenizer: FakeToken
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_readiness_follows_the_upstreams(
+async def health_of(running: Gateway, name: str) -> str:
+    stub = health_pb2_grpc.HealthStub(running.channel)
+    reply = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+
+async def until_health(running: Gateway, name: str, expected: str) -> None:
+    async with asyncio.timeout(5):
+        while await health_of(running, name) != expected:
+            await asyncio.sleep(0.01)
+
+
+async def test_readiness_follows_the_engines(tokenizer: FakeTokenizer, engine: FakeEngine) -> None:
+    async with (
+        serving(tokenizer) as one,
+        serving(engine) as two,
+        gateway([one.address], [two.address]) as running,
+    ):
+        assert await health_of(running, "readiness") == "SERVING"
+        await two.kill()
+        await until_health(running, "readiness", "NOT_SERVING")
+        assert await health_of(running, "liveness") == "SERVING"
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await running.stub.Generate(generate())
+        assert reason(raised.value) == "NO_ENGINE"
+        assert detail(raised.value, error_details_pb2.RetryInfo()).retry_delay.seconds == 1
+        async with serving(engine, two.address):
+            await until_health(running, "readiness", "SERVING")
+            assert (await running.stub.Generate(generate())).choices[0].text == "Hello world"
+
+
+async def test_readiness_follows_the_tokenizers(
     tokenizer: FakeTokenizer, engine: FakeEngine
 ) -> None:
-    serving_now, not_serving = (
-        health_pb2.HealthCheckResponse.SERVING,
-        health_pb2.HealthCheckResponse.NOT_SERVING,
-    )
-    async with serving(tokenizer) as one, serving(engine) as two:
-        async with gateway([one.address], [two.address]) as running:
-            health = health_pb2_grpc.HealthStub(running.channel)
-
-            async def status(name: str) -> int:
-                reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
-                return int(reply.status)
-
-            assert await status("readiness") == serving_now
-            await two.kill()
-            async with asyncio.timeout(3):
-                while await status("readiness") != not_serving:
-                    await asyncio.sleep(0.01)
-            assert await status("liveness") == serving_now
-            with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await running.stub.Generate(generate())
-            assert reason(raised.value) == "NO_ENGINE"
-            async with serving(engine, two.address), asyncio.timeout(5):
-                while await status("readiness") != serving_now:
-                    await asyncio.sleep(0.01)
-                await running.stub.Generate(generate())
+    async with (
+        serving(tokenizer) as one,
+        serving(engine) as two,
+        gateway([one.address], [two.address]) as running,
+    ):
+        engine.behaviour = endless()
+        live = running.stub.GenerateStream(pb.GatewayServiceGenerateStreamRequest(text="hi"))
+        await live.read()
+        await one.kill()
+        await until_health(running, "readiness", "NOT_SERVING")
+        started = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await running.stub.Chat(pb.GatewayServiceChatRequest(messages=chat("a")))
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert reason(raised.value) == "TOKENIZER_UNAVAILABLE"
+        assert time.monotonic() - started < 3
+        assert (await live.read()).deltas[0].text.startswith("a")  # a running stream goes on
+        engine.behaviour = tell(ids_of(b"Hello"))
+        ids = pb.GatewayServiceGenerateRequest(token_ids=generation_pb2.TokenIds(ids=[1]))
+        assert (await running.stub.Generate(ids)).choices[0].text == "Hello"
+        async with serving(FakeTokenizer(), one.address):
+            await until_health(running, "readiness", "SERVING")
+            assert (await running.stub.Generate(generate())).choices[0].text == "Hello"
+        live.cancel()
 
 
 async def test_a_reader_that_stalls_is_ended(tokenizer: FakeTokenizer, engine: FakeEngine) -> None:
-    from tests.gateway.fakes import BIG
-
     engine.behaviour = endless(pause=0, token_id=BIG)
     async with (
         serving(tokenizer) as one,
@@ -508,8 +542,6 @@ async def test_a_reader_that_stalls_is_ended(tokenizer: FakeTokenizer, engine: F
         other = running.stub.CountTokens(pb.GatewayServiceCountTokensRequest(text="abc"))
         assert (await other).num_tokens == 3
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            while await call.read() is not grpc.aio.EOF:
-                pass
-            raise AssertionError(str(await call.code()))
+            await drain(call)
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert reason(raised.value) == "STREAM_STALLED"
