@@ -39,13 +39,17 @@ node_modules/.ready: $(VENV)/.dev package.json package-lock.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
 	@touch $@
 
+# kustomize and promtool, for the checks of deploy/; where they cannot be fetched those checks skip by name
+.cache/tools/.ready: deploy/tools.sh
+	-deploy/tools.sh .cache/tools && touch $@
+
 demo: $(VENV)/.run  ## answer one question through all three services and draw the request's trace
 	@$(BIN)/nanoinfer trace --model models/guide "$(PROMPT)" </dev/null
 
 up: $(VENV)/.run  ## start the three services here and wait; Ctrl-C ends them
 	@$(BIN)/nanoinfer up --model models/guide
 
-test: check node_modules/.ready $(CODEGEN)/.ready  ## lint, types, contracts, unit and end-to-end tests
+test: check node_modules/.ready $(CODEGEN)/.ready .cache/tools/.ready  ## lint, types, contracts, unit and end-to-end tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" </dev/null
 
 check: $(VENV)/.dev  ## lint, format, types, import directions, spelling

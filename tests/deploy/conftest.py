@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy import rendering
-from tests.deploy.offered import scrape_all
+from tests.deploy.offered import generate_once, scrape_all
 from tests.deploy.rendering import K8S, Rendering
 from tests.e2e.conftest import GUIDE
 from tests.e2e.stack import start_stack
@@ -51,6 +51,11 @@ def everything(
 
 @pytest.fixture(scope="session")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What each running service answers on /metrics after one request, by service."""
+    """What each running service answers on /metrics after one request, by service.
+
+    `fresh-SERVICE` is what it answered before that request.
+    """
     with start_stack(GUIDE, tmp_path_factory.mktemp("scraped")) as stack:
-        yield scrape_all(stack)
+        fresh = {f"fresh-{name}": text for name, text in scrape_all(stack).items()}
+        generate_once(stack)
+        yield scrape_all(stack) | fresh

@@ -35,13 +35,17 @@ def settings_of(service: str, environment: Mapping[str, str]) -> ServiceSettings
         return SETTINGS[service]()
 
 
-def scrape_all(stack: Stack) -> dict[str, str]:
-    """Each service's /metrics after one generation."""
+def generate_once(stack: Stack) -> None:
+    """One short generation through all three services."""
     options = gateway_pb2.GenerationOptions(stopping=generation_pb2.StoppingParams(max_tokens=4))
     request = gateway_pb2.GatewayServiceGenerateStreamRequest(text="What is", options=options)
     with grpc.insecure_channel(stack.gateway.address) as channel:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
         assert list(stub.GenerateStream(request, timeout=60))
+
+
+def scrape_all(stack: Stack) -> dict[str, str]:
+    """Each service's /metrics now."""
     running = {"gateway": stack.gateway, "tokenizer": stack.tokenizer, "engine": stack.engine}
     return {name: _scrape(service) for name, service in running.items()}
 

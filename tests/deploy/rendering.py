@@ -152,12 +152,11 @@ def pod(deployment: Document) -> Document:
 
 
 def container(deployment: Document) -> Document:
-    found = [
-        c for c in pod(deployment)["containers"] if c["name"] == deployment["metadata"]["name"]
-    ]
+    """The one container that carries the Deployment's own name."""
+    name = deployment["metadata"]["name"]
+    found: list[Document] = [c for c in pod(deployment)["containers"] if c["name"] == name]
     assert len(found) == 1
-    result: Document = found[0]
-    return result
+    return found[0]
 
 
 def environment(deployment: Document) -> dict[str, str]:
