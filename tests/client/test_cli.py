@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -352,31 +353,41 @@ def test_a_conversation_on_a_terminal(target: str, behaviour: Behaviour) -> None
         start_new_session=True,
     ) as process:
         os.close(theirs)
-        shown = ""
+        terminal = Terminal(ours)
         for line, expected in (
             ("one", "answer 2"),
             ("bad", "refused"),
             ("two", "answer 4"),
-            ("/clear", "> "),
+            ("/clear", "/clear"),
             ("three", "answer 2"),
         ):
-            shown += read_until(ours, "> ")
+            terminal.expect("> ")
             os.write(ours, f"{line}\n".encode())
-            shown += read_until(ours, expected)
+            terminal.expect(expected)
         os.write(ours, b"\n/exit\n")
         assert process.wait(10) == 0
     os.close(ours)
-    assert "\x1b[31m" not in shown
+    assert "\x1b[31m" not in terminal.shown
     roles = [[m.role for m in arrival.request.messages] for arrival in behaviour.arrivals]
     assert roles[2] == ["system", "user", "assistant", "user"]
     assert roles[3] == ["system", "user"]
 
 
-def read_until(descriptor: int, text: str) -> str:
-    seen = ""
-    while text not in seen:
-        seen += os.read(descriptor, 1024).decode()
-    return seen
+class Terminal:
+    """The reader's side of a pseudo-terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.shown = ""
+        self._descriptor = descriptor
+        self._cursor = 0
+
+    def expect(self, text: str) -> None:
+        """Reads on until the text has come after what was expected before."""
+        while (found := self.shown.find(text, self._cursor)) < 0:
+            ready, _, _ = select.select([self._descriptor], [], [], 15)
+            assert ready, f"{text!r} did not come: {self.shown!r}"
+            self.shown += os.read(self._descriptor, 1024).decode()
+        self._cursor = found + len(text)
 
 
 def test_without_the_extra() -> None:

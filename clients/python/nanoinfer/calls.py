@@ -16,7 +16,7 @@ import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from nanoinfer.errors import NanoInferError, from_status
+from nanoinfer.errors import NanoInferError, from_status, trace_id
 from nanoinfer.options import CallOptions, Metadata
 from nanoinfer.results import Completion
 
@@ -137,10 +137,7 @@ class Call:
     def succeed(self, trailing_metadata: Iterable[Any] | None) -> str | None:
         """Ends the span as OK and returns the server's trace id, where it named one."""
         self._end(grpc.StatusCode.OK, None)
-        for key, value in trailing_metadata or ():
-            if key == "x-trace-id" and isinstance(value, str):
-                return value
-        return None
+        return trace_id(trailing_metadata or ())
 
     def fail(
         self,

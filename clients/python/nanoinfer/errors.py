@@ -44,7 +44,7 @@ class NanoInferError(Exception):
 
     `code` is the gRPC status. `reason` is the stable name of the cause, `metadata` its parameters;
     gRPC's own failures have none. `retry_after` is in seconds. `partial` is what a stream had
-    delivered before it broke.
+    delivered before it broke. `request_id` and `trace_id` lead to the server's logs and spans.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class NanoInferError(Exception):
         violations: tuple[Violation, ...] = (),
         retry_after: float | None = None,
         request_id: str | None = None,
+        trace_id: str | None = None,
         partial: Completion | None = None,
     ) -> None:
         super().__init__(message)
@@ -67,6 +68,7 @@ class NanoInferError(Exception):
         self.violations = violations
         self.retry_after = retry_after
         self.request_id = request_id
+        self.trace_id = trace_id
         self.partial = partial
 
     def __str__(self) -> str:
@@ -139,7 +141,8 @@ def from_status(
     """Builds the exception of a status. Details that do not parse are left out."""
     reason, metadata, retry_after = None, None, None
     violations: tuple[Violation, ...] = ()
-    for detail in _details(trailing_metadata):
+    trailing = [(str(key), value) for key, value in trailing_metadata]
+    for detail in _details(trailing):
         info = error_details_pb2.ErrorInfo()
         retry = error_details_pb2.RetryInfo()
         bad = error_details_pb2.BadRequest()
@@ -157,8 +160,15 @@ def from_status(
         violations=violations,
         retry_after=retry_after,
         request_id=request_id,
+        trace_id=trace_id(trailing),
         partial=partial,
     )
+
+
+def trace_id(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    """The trace of a call, where the server named it."""
+    found = (value for key, value in trailing_metadata if key == "x-trace-id")
+    return next((value for value in found if isinstance(value, str)), None)
 
 
 def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> list[Any]:

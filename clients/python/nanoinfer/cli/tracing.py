@@ -1,0 +1,110 @@
+"""Runs one request under a trace of its own and draws what the services report about it."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from rich.console import Console
+
+from nanoinfer.cli import console
+from nanoinfer.cli.answers import open_stream, show
+from nanoinfer.cli.collector import Span, fetch
+from nanoinfer.cli.waterfall import PLAIN_WIDTH, draw
+from nanoinfer.client import Client
+from nanoinfer.errors import NanoInferError
+from nanoinfer.options import Message
+
+SERVICES = {"nanoinfer-gateway", "nanoinfer-tokenizer", "nanoinfer-engine"}
+SPANS_TIMEOUT = 5.0
+# nothing new for this long: all is there; where something seems to be missing, wait longer
+QUIET_SECONDS = 0.5
+QUIET_SECONDS_INCOMPLETE = 2.0
+
+
+def run(
+    target: str,
+    collector: str,
+    prompt: str | Sequence[Message],
+    options: Mapping[str, Any],
+    connect_timeout: float,
+    *,
+    as_json: bool,
+) -> None:
+    """Shows the answer, then its spans. A request that fails is drawn too, then raised."""
+    completion, failure = None, None
+    with (
+        _tracer_provider(collector) as provider,
+        Client(target, tracer_provider=provider) as client,
+    ):
+        with console.Progress(f"waiting for {target}"):
+            client.wait_until_ready(connect_timeout)
+        try:
+            if as_json:
+                completion = open_stream(client, prompt, options).result()
+            else:
+                completion = show(client, prompt, options)
+        except NanoInferError as error:
+            failure = error
+    trace_id = failure.trace_id if completion is None and failure else None
+    trace_id = completion.trace_id if completion else trace_id
+    spans = await_spans(collector, trace_id) if trace_id else []
+    if as_json:
+        console.write_json({"trace_id": trace_id, "completion": completion, "spans": spans})
+    elif trace_id is None:
+        console.note("the gateway named no trace")
+    else:
+        console.write(f"\ntrace {trace_id}\n")
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        draw(spans, Console(highlight=False, width=None if terminal else PLAIN_WIDTH))
+    if failure is not None:
+        raise failure
+
+
+def await_spans(collector: str, trace_id: str) -> list[Span]:
+    """The trace's spans, once every service's have come and no more follow."""
+    end = time.monotonic() + SPANS_TIMEOUT
+    spans: list[Span] = []
+    changed = time.monotonic()
+    with console.Progress("collecting spans"):
+        while (now := time.monotonic()) < end:
+            try:
+                found = fetch(collector, trace_id)
+            except grpc.RpcError as error:
+                reason = f"no spans from {collector}: {error.code().name}"
+                raise console.CommandError(reason) from error
+            if len(found) != len(spans):
+                spans, changed = found, now
+            quiet = QUIET_SECONDS if _whole(spans) else QUIET_SECONDS_INCOMPLETE
+            if now - changed > quiet:
+                break
+            time.sleep(0.05)
+    return spans
+
+
+def _whole(spans: Sequence[Span]) -> bool:
+    known = {span.span_id for span in spans} | {b""}
+    services = {span.service for span in spans}
+    return services >= SERVICES and all(span.parent_id in known for span in spans)
+
+
+@contextmanager
+def _tracer_provider(collector: str) -> Iterator[TracerProvider]:
+    """An SDK that sends this process's spans to the collector; a lost span is no failure here."""
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    resource = Resource({"service.name": "nanoinfer-cli"})
+    provider = TracerProvider(resource=resource, sampler=ALWAYS_ON, shutdown_on_exit=False)
+    exporter = OTLPSpanExporter(endpoint=f"http://{collector}", insecure=True, timeout=2)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    try:
+        yield provider
+    finally:
+        provider.shutdown()
