@@ -98,7 +98,10 @@ class TorchCheckpoint:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
         except Exception as error:  # a hostile pickle can raise anything
-            raise CheckpointError(f"{path.name}: {error}") from error
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+            raise CheckpointError(
+                f"{path.name}: refused by torch.load(weights_only=True): {reason}"
+            ) from error
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{path.name}: holds no dictionary")
         arguments = loaded.get("model_args", loaded.get("config"))

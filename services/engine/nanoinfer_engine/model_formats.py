@@ -83,7 +83,7 @@ class Fields:
     def only(self, name: str, *accepted: Any) -> None:
         """Refuse any value but those; absent and null are fine."""
         if self.get(name) is not None and self.get(name) not in accepted:
-            raise self.refuse(name, f"supported: {', '.join(map(repr, accepted))}")
+            raise self.refuse(name, f"supported: {', '.join(map(repr, accepted)) or 'none'}")
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
@@ -231,10 +231,12 @@ def _sliding_windows(fields: Fields, model_type: str, num_layers: int) -> tuple[
     window = fields.integer("sliding_window", MAX_POSITIONS) if used else None
     kinds = fields.get("layer_types")
     if kinds is not None:
-        known = {"full_attention": None, "sliding_attention": window}
+        known = ("full_attention", "sliding_attention")
         if not isinstance(kinds, list) or not all(kind in known for kind in kinds):
             raise fields.refuse("layer_types", f"each must be one of {', '.join(known)}")
-        return tuple(known[kind] for kind in kinds)
+        if window is None and "sliding_attention" in kinds:
+            raise fields.refuse("sliding_window", "but layer_types has sliding_attention")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     # Qwen's first `max_window_layers` layers see everything
     first = fields.get("max_window_layers") if qwen and used else 0
     if not isinstance(first, int) or not 0 <= first <= MAX_LAYERS:
@@ -252,6 +254,8 @@ def _rope(fields: Fields, max_positions: int) -> RopeConfig:
     name = "rope_type" if scaling.get("rope_type") is not None else "type"
     scaling.only(name, "default", "linear", "llama3")
     scaling.only("partial_rotary_factor", 1, 1.0)
+    for layer_type in ("full_attention", "sliding_attention"):
+        scaling.only(layer_type)
     kind = scaling.get(name) or "default"
     if kind == "default":
         return RopeConfig(theta=theta)

@@ -46,9 +46,7 @@ class ModelRunner:
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
         self.block_size: int = config.block_size
-        self.num_blocks: int = num_blocks_for(
-            config.kv_cache_bytes, checkpoint.config, config.block_size, dtype
-        )
+        self.num_blocks: int = _num_blocks(config, checkpoint.config, dtype)
         self._model = build_model(checkpoint.config, self.max_model_len, dtype, device)
         self.num_parameters: int = sum(each.numel() for each in self._model.parameters())
         layout = checkpoint_layout(checkpoint.config)
@@ -110,6 +108,12 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    if config.block_size < 1:
+        raise ValueError(f"block_size {config.block_size} is less than 1")
+    return num_blocks_for(config.kv_cache_bytes, model, config.block_size, dtype)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -189,6 +189,8 @@ def test_eos_ids_of_the_generation_config_come_first(qwen3: Path) -> None:
         ("eos_token_id", 10**6),
         ("layer_types", ["full_attention"]),
         ("layer_types", ["linear_attention"] * 3),
+        ("layer_types", [["full_attention"]] * 3),
+        ("sliding_window is None", None),
         ("sliding_window", -2),
         ("rope_parameters", "fast"),
     ],
@@ -196,7 +198,10 @@ def test_eos_ids_of_the_generation_config_come_first(qwen3: Path) -> None:
 def test_nonsense_configuration_names_the_field(qwen3: Path, field: str, value: object) -> None:
     if field == "sliding_window":
         edit_config(qwen3, use_sliding_window=True)
-    edit_config(qwen3, **{field: value})
+    if field == "sliding_window is None":
+        edit_config(qwen3, layer_types=["sliding_attention"] * 3)
+    else:
+        edit_config(qwen3, **{field: value})
     (qwen3 / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=field):
         open_checkpoint(qwen3)
@@ -217,6 +222,7 @@ def test_nonsense_configuration_names_the_field(qwen3: Path, field: str, value: 
         ),
         ({"rope_type": "default", "partial_rotary_factor": 0.4}, "partial_rotary_factor"),
         ({"rope_theta": 0}, "rope_theta"),
+        ({"full_attention": {"rope_type": "yarn"}}, "full_attention"),
     ],
 )
 def test_rope_that_cannot_be_computed_is_refused(
@@ -423,6 +429,7 @@ def test_runner_refuses_settings_that_contradict_the_model(qwen3: Path) -> None:
         ({"max_model_len": 257}, "max_model_len 257"),
         ({"max_model_len": 0}, "max_model_len 0"),
         ({"kv_cache_bytes": 100}, "kv_cache_bytes 100"),
+        ({"block_size": 0}, "block_size 0"),
     ):
         with pytest.raises(ValueError, match=message):
             make_runner(qwen3, **settings)
