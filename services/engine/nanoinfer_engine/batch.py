@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 
 
@@ -61,6 +62,13 @@ class Runner(Protocol):
     num_blocks: int
     block_size: int
     max_model_len: int
+    num_parameters: int
+    weights_fingerprint: str  # 32 bytes in hex
+    model_config: ModelConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the model accepts and produces lie below it."""
 
     def execute(self, batch: Batch) -> list[RowResult]:
         """Run one step; what it raises concerns the whole batch."""

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, TypeVarTuple
+from typing import TypeVarTuple
 
 from nanoinfer_engine.batch import Runner
 from nanoinfer_engine.capacity import Capacity, Load
@@ -45,7 +45,6 @@ _UNKNOWN_RATE = 1000.0
 _JOIN_SECONDS = 10.0
 
 
-RunnerT = TypeVar("RunnerT", bound=Runner)
 Ts = TypeVarTuple("Ts")
 
 
@@ -55,13 +54,13 @@ class _Cancel:
     error: Exception | None = None
 
 
-class Engine(Generic[RunnerT]):
+class Engine:
     """Serves requests from one runner until drained and stopped."""
 
     def __init__(
         self,
         config: EngineConfig,
-        load_runner: Callable[[], RunnerT],
+        load_runner: Callable[[], Runner],
         make_statistics: Callable[[int], Statistics],
         listener: Listener,
         patience: Patience | None = None,
@@ -104,10 +103,10 @@ class Engine(Generic[RunnerT]):
         """Why new requests are refused whatever they ask: loading, draining, lost; else None."""
         return self._refusal
 
-    async def start(self) -> RunnerT:
+    async def start(self) -> Runner:
         """Load and warm up in the engine thread, then serve; raises what the loading raises."""
         self._loop = asyncio.get_running_loop()
-        ready: asyncio.Future[RunnerT] = self._loop.create_future()
+        ready: asyncio.Future[Runner] = self._loop.create_future()
         # A daemon, because a load or a step that hangs must not keep the process from ending.
         self._thread = threading.Thread(
             target=self._main, args=(ready,), name="nanoinfer-engine", daemon=True
@@ -186,7 +185,7 @@ class Engine(Generic[RunnerT]):
         self._statistics.record_step(batch, started, time.monotonic_ns())
         self._publish(outputs)
 
-    def _main(self, ready: asyncio.Future[RunnerT]) -> None:
+    def _main(self, ready: asyncio.Future[Runner]) -> None:
         try:
             self._runner = self._load_runner()
             seconds = self._runner.warm_up()
@@ -290,7 +289,7 @@ class Engine(Generic[RunnerT]):
             self._streams.deliver(self._outbox.popleft())
 
 
-def _resolve(ready: asyncio.Future[RunnerT], result: RunnerT | BaseException) -> None:
+def _resolve(ready: asyncio.Future[Runner], result: Runner | BaseException) -> None:
     if ready.done():  # the start was cancelled
         return
     if isinstance(result, BaseException):

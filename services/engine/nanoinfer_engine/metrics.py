@@ -21,13 +21,7 @@ from prometheus_client.registry import Collector
 
 from nanoinfer_engine.capacity import Load
 from nanoinfer_engine.request import FinishReason
-from nanoinfer_engine.statistics import (
-    NANOSECONDS,
-    Buckets,
-    HistogramSnapshot,
-    Snapshot,
-    Statistics,
-)
+from nanoinfer_engine.statistics import NANOSECONDS, HistogramSnapshot, Snapshot, Statistics
 
 Labels = Mapping[str, str]
 
@@ -57,33 +51,32 @@ _HISTOGRAMS = {
     "inference": (names.REQUEST_INFERENCE_TIME_SECONDS, "First step to end."),
     "prompt_length": (names.REQUEST_PROMPT_TOKENS, "Prompt tokens of a request."),
     "completion_length": (names.REQUEST_GENERATION_TOKENS, "Completion tokens of a request."),
-    "max_length": (
-        names.REQUEST_MAX_NUM_GENERATION_TOKENS,
-        "Longest completion of a request.",
-    ),
+    "max_length": (names.REQUEST_MAX_NUM_GENERATION_TOKENS, "Longest completion of a request."),
     "choices": (names.REQUEST_PARAMS_N, "Completions asked for."),
     "max_tokens": (names.REQUEST_PARAMS_MAX_TOKENS, "Completion tokens allowed."),
     "step_tokens": (names.ITERATION_TOKENS, "Tokens computed in a step."),
 }
-_STEP_BUCKETS = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0),
-)
+_STEP_BUCKETS = tuple(step * 10.0**power for power in range(-4, 2) for step in (1, 2.5, 5))
 
 
 def make_statistics(max_model_len: int) -> Statistics:
     """Empty statistics with the boundaries that dashboards expect."""
-    return Statistics(
-        Buckets(
-            time_to_first_token=metrics.TIME_TO_FIRST_TOKEN_BUCKETS,
-            time_per_token=metrics.INTER_TOKEN_BUCKETS,
-            phase=metrics.REQUEST_BUCKETS,
-            num_tokens=metrics.token_buckets(max_model_len),
-            step=_STEP_BUCKETS,
-            batch_size=metrics.token_buckets(256),
-            choices=metrics.token_buckets(20),
-        )
-    )
+    lengths = metrics.token_buckets(max_model_len)
+    bounds = {
+        "time_to_first_token": metrics.TIME_TO_FIRST_TOKEN_BUCKETS,
+        **dict.fromkeys(("inter_token", "time_per_token"), metrics.INTER_TOKEN_BUCKETS),
+        **dict.fromkeys(
+            ("end_to_end", "queue", "prefill", "decode", "inference"), metrics.REQUEST_BUCKETS
+        ),
+        **dict.fromkeys(
+            ("prompt_length", "completion_length", "max_length", "max_tokens", "step_tokens"),
+            lengths,
+        ),
+        "choices": metrics.token_buckets(20),
+        "step": _STEP_BUCKETS,
+        "batch_size": metrics.token_buckets(256),
+    }
+    return Statistics(bounds)
 
 
 @dataclass(frozen=True)

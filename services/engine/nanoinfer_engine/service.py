@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import structlog
@@ -22,7 +22,7 @@ from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common import errors, names, telemetry
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
-from nanoinfer_common.server import ServiceStatus
+from nanoinfer_common.server import ServiceStatus, StartError
 from nanoinfer_common.validation import (
     RequestMetadata,
     read_metadata,
@@ -32,7 +32,7 @@ from nanoinfer_common.validation import (
 from prometheus_client import CollectorRegistry
 
 from nanoinfer_engine.batch import Runner
-from nanoinfer_engine.config import EngineConfig, ModelConfig
+from nanoinfer_engine.config import CheckpointError, EngineConfig
 from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.engine import Engine
 from nanoinfer_engine.errors import EngineError
@@ -51,19 +51,7 @@ log = structlog.get_logger(__name__)
 Context = Any  # grpc-stubs types the aio context only in part
 
 
-class LoadedRunner(Runner, Protocol):
-    """A runner, and what it tells of its model."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids the model accepts and produces lie below it."""
-
-    num_parameters: int
-    weights_fingerprint: str
-    model_config: ModelConfig
-
-
-LoadRunner = Callable[[EngineConfig, Callable[[int, int], None]], LoadedRunner]
+LoadRunner = Callable[[EngineConfig, Callable[[int, int], None]], Runner]
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
@@ -97,10 +85,13 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
-        """Load the model; raises CheckpointError or ValueError where it cannot be served."""
+        """Load the model; raises StartError where it cannot be served."""
         log.info("loading", model=str(self._settings.model))
-        defaults, fingerprint = await asyncio.to_thread(self._read_side_files)
-        runner = await self._engine.start()
+        try:
+            defaults, fingerprint = await asyncio.to_thread(self._read_side_files)
+            runner = await self._engine.start()
+        except (CheckpointError, ValueError, OSError) as error:
+            raise StartError(f"{self._settings.model}: {error}") from error
         self._num_blocks = runner.num_blocks
         self._model = ServedModel(
             name=self._settings.served_name,
@@ -227,27 +218,20 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         """Check everything that a request can say against the model; raises ServiceError."""
         if request.HasField("model") and request.model != model.name:
             raise errors.not_found_model(request.model)
+        given = {field.name: value for field, value in request.ListFields()}
         validate_request(
             sampling=request.sampling,
             stopping=request.stopping,
             response=request.response,
             structured_output=request.structured_output,
-            stop=(),
-            request_id=request.request_id if request.HasField("request_id") else None,
-            cache_salt=request.cache_salt if request.HasField("cache_salt") else None,
-            truncate_prompt_tokens=(
-                request.truncate_prompt_tokens
-                if request.HasField("truncate_prompt_tokens")
-                else None
-            ),
+            request_id=given.get("request_id"),
+            cache_salt=given.get("cache_salt"),
+            truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
             limits=model.limits,
         )
         validate_prompt_ids(request.prompt.ids, model.limits)
         model.check_tokenizer(request)
-        return read_metadata(
-            context.invocation_metadata() or (),
-            request.request_id if request.HasField("request_id") else None,
-        )
+        return read_metadata(context.invocation_metadata(), given.get("request_id"))
 
     def _deadline(self, context: Context) -> int:
         """When to give up, in monotonic nanoseconds; the server's bounds apply."""

@@ -8,13 +8,14 @@ Times are in seconds. Knows nothing of Prometheus.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nanoinfer_engine.batch import Batch
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 
 NANOSECONDS = 1e-9
+COUNTERS = ("accepted", "prompt_tokens", "completion_tokens", "preemptions")
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,6 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """Bounds for the histograms, by what they measure."""
-
-    time_to_first_token: Sequence[float]
-    time_per_token: Sequence[float]
-    phase: Sequence[float]
-    num_tokens: Sequence[float]
-    step: Sequence[float]
-    batch_size: Sequence[float]
-    choices: Sequence[float]
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """Everything at one moment. `histograms` and `counters` are keyed by the engine's own names.
 
@@ -75,24 +63,11 @@ class Snapshot:
 class Statistics:
     """The running totals. For the engine thread alone, but for the snapshots it hands out."""
 
-    def __init__(self, buckets: Buckets) -> None:
-        """Start at zero."""
-        self._counters = dict.fromkeys(
-            ("accepted", "prompt_tokens", "completion_tokens", "preemptions"), 0
-        )
+    def __init__(self, bounds: Mapping[str, Sequence[float]]) -> None:
+        """Start at zero; `bounds` are those of every histogram that is observed here, by name."""
+        self._counters = dict.fromkeys(COUNTERS, 0)
         self._finished = dict.fromkeys(FinishReason, 0)
-        phases = ("end_to_end", "queue", "prefill", "decode", "inference")
-        lengths = ("prompt_length", "completion_length", "max_tokens", "max_length", "step_tokens")
-        self._histograms = {
-            "time_to_first_token": Histogram(buckets.time_to_first_token),
-            "inter_token": Histogram(buckets.time_per_token),
-            "time_per_token": Histogram(buckets.time_per_token),
-            **{name: Histogram(buckets.phase) for name in phases},
-            **{name: Histogram(buckets.num_tokens) for name in lengths},
-            "step": Histogram(buckets.step),
-            "batch_size": Histogram(buckets.batch_size),
-            "choices": Histogram(buckets.choices),
-        }
+        self._histograms = {name: Histogram(each) for name, each in bounds.items()}
         self._last_step: int | None = None
         self._tokens_per_second = 0.0
 

@@ -122,7 +122,7 @@ async def start_engine(load_runner: LoadRunner, **settings: Any) -> AsyncIterato
         made.append(EngineService(chosen, status, load_runner))
         return made[-1]
 
-    chosen = EngineSettings(**{"port": 0, "drain_seconds": 0.2, **settings})
+    chosen = EngineSettings(**{"port": 0, "metrics_port": None, "drain_seconds": 0.2, **settings})
     async with (
         running(factory, chosen) as server,
         grpc.aio.insecure_channel(server.address) as channel,

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
-from nanoinfer_common.server import running
+from nanoinfer_common.server import StartError, running
 from nanoinfer_engine.service import EngineService
 from nanoinfer_engine.settings import EngineSettings
 
@@ -304,8 +304,8 @@ async def test_loading_is_unavailable_and_a_broken_model_is_told(tmp_path: Path)
     def load(config: object, progress: object) -> FakeRunner:
         raise ValueError("no tensor named lm_head.weight")
 
-    settings = EngineSettings(model=tmp_path, port=0)
-    with pytest.raises(ValueError, match="lm_head"):
+    settings = EngineSettings(model=tmp_path, port=0, metrics_port=None)
+    with pytest.raises(StartError, match="lm_head"):
         async with running(lambda status: EngineService(settings, status, load), settings):
             raise AssertionError("it must not serve")
 
