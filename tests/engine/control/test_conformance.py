@@ -6,6 +6,7 @@ and names the feature. Nothing is accepted and ignored.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,28 @@ async def test_max_tokens_is_clamped_to_the_context(tiny: Engine) -> None:
         assert answer.finishes[0].reason == pb.FINISH_REASON_LENGTH
     one = await tiny.generate(PROMPT, stopping=pb.StoppingParams(max_tokens=1))
     assert one.summary.usage.completion_tokens == 1
+
+
+async def test_tokens_do_not_depend_on_company_or_preemption(tiny_model: Path) -> None:
+    """Alone; then eight at once, with chunked prefill and memory for a third of them."""
+    stopping = pb.StoppingParams(max_tokens=50, ignore_eos=True)
+    prompts = [[(7 * i + j) % VOCAB_SIZE for j in range(10 + 9 * i)] for i in range(8)]
+    params = [sampling(temperature=0 if i % 2 else 0.8, seed=i) for i in range(8)]
+    cases = list(zip(prompts, params, strict=True))
+    small = {"max_batch_tokens": 32, "max_batch_requests": 8, "threads": 1}
+    async with start_engine(
+        ModelRunner, model=tiny_model, kv_cache_memory="320KiB", **small
+    ) as engine:
+        alone = [
+            (await engine.generate(prompt, sampling=params, stopping=stopping)).tokens()
+            for prompt, params in cases
+        ]
+        together = await asyncio.gather(
+            *(engine.generate(prompt, sampling=p, stopping=stopping) for prompt, p in cases)
+        )
+        assert [answer.tokens() for answer in together] == alone
+        await engine.idle()
+        assert engine.service._engine.statistics.counters["preemptions"] > 0
 
 
 async def test_stopping_fields_do_what_they_say(tiny: Engine, greedy_tokens: list[int]) -> None:

@@ -17,7 +17,6 @@ from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.settings import EngineSettings
 from nanoinfer_engine.write_slots import WriteSlots
 
-
 PORTS = ["--port", "0", "--metrics-port", "none"]
 
 
