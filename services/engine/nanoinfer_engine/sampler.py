@@ -23,8 +23,6 @@ from nanoinfer_engine.request import Logprob, SampledToken
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them would leave float32."""
 
-# as many of the likeliest ids as top-p looks at before it sorts the whole vocabulary
-_TOP_P_CANDIDATES = 256
 _MASK64 = (1 << 64) - 1
 
 
@@ -147,23 +145,16 @@ def _threshold(scaled: Tensor, weights: Tensor, rows: Sequence[BatchRow]) -> Ten
 def _top_p_threshold(scaled: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
     """[rows, 1]: scaled logit of the last id in the smallest likeliest set that holds its share.
 
-    Looks at a few likeliest ids; rows that spread wider are sorted whole.
+    Ids lighter than (1 - share) / vocabulary of the total weigh less than 1 - share together, so
+    the set lies among the others: they alone are sorted. (Half that bound leaves room to round.)
     """
-    targets = shares * weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    count = min(_TOP_P_CANDIDATES, scaled.shape[-1])
-    threshold, enough = _crossing(scaled, targets, count)
-    wide = (~enough).nonzero()[:, 0]
-    if len(wide):
-        threshold[wide], _ = _crossing(scaled[wide], targets[wide], scaled.shape[-1])
-    return threshold
-
-
-def _crossing(scaled: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Scaled logit at which the `count` likeliest ids reach `targets`, and whether they do."""
+    totals = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    bounds = 0.5 * (1 - shares) * totals / scaled.shape[-1]
+    count = int((weights >= bounds).sum(dim=-1).max())
     likeliest = scaled.topk(count).values
     cumulative = likeliest.exp().cumsum(dim=-1, dtype=torch.float64)
-    before = (cumulative < targets).sum(dim=-1, keepdim=True)
-    return likeliest.gather(1, before.clamp(max=count - 1)), before[:, 0] < count
+    last = (cumulative < shares * totals).sum(dim=-1, keepdim=True)
+    return likeliest.gather(1, last.clamp(max=count - 1))
 
 
 def _with_logprobs(
