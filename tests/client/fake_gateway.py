@@ -95,7 +95,10 @@ def refusal(
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     status = status_pb2.Status(code=code.value[0], message=message, details=packed)
-    return rpc_status.to_status(status)
+    packed_status: Any = rpc_status.to_status(status)
+    trailing = (*packed_status.trailing_metadata, ("x-trace-id", "ab" * 16))
+    result: grpc.Status = packed_status._replace(trailing_metadata=trailing)
+    return result
 
 
 class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):

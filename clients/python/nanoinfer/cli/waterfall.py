@@ -56,27 +56,29 @@ def _print(console: Console, line: Text, width: int) -> None:
 
 
 def _rows(spans: Sequence[Span]) -> Iterator[_Row]:
+    ordered = sorted(spans, key=lambda span: (span.start, -span.end))
     known = {span.span_id for span in spans}
     children: dict[bytes, list[Span]] = {}
-    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
-        parent = span.parent_id if span.parent_id in known else b""
-        children.setdefault(parent, []).append(span)
-    for top in children.get(b"", ()):
-        yield from _branch(top, children, "", "")
-
-
-def _branch(span: Span, children: dict[bytes, list[Span]], lead: str, below: str) -> Iterator[_Row]:
-    inner = children.get(span.span_id, [])
-    yield _Row(span, lead, below + ("│ " if inner else "  "))
-    for child in inner:
-        last = child is inner[-1]
-        yield from _branch(
-            child, children, below + ("└ " if last else "├ "), below + ("  " if last else "│ ")
-        )
+    for span in ordered:
+        children.setdefault(span.parent_id, []).append(span)
+    seen: set[bytes] = set()
+    tops = [span for span in ordered if span.parent_id not in known]
+    for top in (*tops, *ordered):  # the second time for spans that name each other as parents
+        pending = [(top, "", "")]
+        while pending:
+            span, lead, below = pending.pop()
+            if span.span_id in seen:
+                continue
+            seen.add(span.span_id)
+            inner = [] if not span.span_id else children.get(span.span_id, [])
+            yield _Row(span, lead, below + ("│ " if inner else "  "))
+            for child in reversed(inner):
+                mark, line = ("└ ", "  ") if child is inner[-1] else ("├ ", "│ ")
+                pending.append((child, below + mark, below + line))
 
 
 def _service(span: Span) -> str:
-    name = span.service.removeprefix("nanoinfer-")
+    name = _plain(span.service).removeprefix("nanoinfer-")
     return "client" if name == "cli" else name
 
 
@@ -85,7 +87,7 @@ def _style(span: Span) -> str:
 
 
 def _name(span: Span) -> str:
-    name = span.name.removeprefix("nanoinfer.v1.")
+    name = _plain(span.name).removeprefix("nanoinfer.v1.")
     return f"→ {name}" if span.kind == "client" else name
 
 

@@ -1,0 +1,239 @@
+"""The supervisor of `up` over stand-ins for the services."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nanoinfer.cli import state
+from nanoinfer.cli.collector import Collector
+from nanoinfer.cli.console import CommandError
+from nanoinfer.cli.stack import Interrupts, Stack, StackSettings
+from nanoinfer.cli.state import Running
+
+from tests.client.fake_gateway import Behaviour, running_gateway
+from tests.client.run_stack import commands
+
+SCRIPT = Path(__file__).with_name("run_stack.py")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def events_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "events"
+    path.touch()
+    monkeypatch.setenv("FAKE_EVENTS", str(path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return path
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def order(path: Path) -> list[tuple[str, str]]:
+    return [(event["name"], event["event"]) for event in events(path)]
+
+
+@contextmanager
+def supervisor(flags: dict[str, list[str]]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), json.dumps(flags)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def no_process_left(path: Path) -> bool:
+    """No stand-in of this test is running: their command lines are in the events."""
+    for event in events(path):
+        marker = event["argv"][event["argv"].index("--port-file") + 1]
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if marker.encode() in entry.read_bytes():
+                    return False
+            except OSError:
+                continue
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_is_ready_and_ends_in_order(
+    events_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    flags = {"gateway": ["--stop-seconds", "0.3"], "engine": ["--ready-after", "0.3"]}
+    with supervisor(flags) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("nanoinfer is ready at 127.0.0.1:")
+        (file,) = (tmp_path / "nanoinfer").iterdir()
+        running = Running(**json.loads(file.read_text()))
+        assert running.target in line
+        assert running.pid == process.pid
+        assert state.find() == running
+        assert state.find(running.target) == running
+        assert state.find(running.target.replace("127.0.0.1", "localhost")) == running
+        assert state.find("127.0.0.1:1") is None
+        process.send_signal(number)
+        assert process.wait(20) == 0
+    ends = [pair for pair in order(events_file) if pair[1] != "started"]
+    assert ends[:2] == [("gateway", "told"), ("gateway", "ended")]
+    assert sorted(name for name, event in ends[2:] if event == "ended") == ["engine", "tokenizer"]
+    assert not file.exists()
+    assert no_process_left(events_file)
+
+
+def test_a_service_that_dies_ends_the_rest(events_file: Path) -> None:
+    with supervisor({"engine": ["--die-after", "2.5"]}) as process:
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "is ready at" in output
+    assert "the engine ended with exit code 7:" in errors
+    assert "  last words" in errors
+    assert "Traceback" not in errors
+    assert ("gateway", "ended") in order(events_file)
+    assert ("tokenizer", "ended") in order(events_file)
+    assert no_process_left(events_file)
+
+
+def test_a_service_that_dies_before_it_is_ready(events_file: Path) -> None:
+    flags = {"tokenizer": ["--die-after", "0.2"], "engine": ["--ready-after", "30"]}
+    with supervisor(flags) as process:
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert output == ""
+    assert "the tokenizer ended with exit code 7" in errors
+    assert no_process_left(events_file)
+
+
+def test_a_command_that_cannot_start_a_service(events_file: Path) -> None:
+    with supervisor({"tokenizer": ["--ready-after", "not a number"]}) as process:
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "invalid float value" in errors
+
+
+def test_slow_services_are_waited_for_with_progress(events_file: Path) -> None:
+    with supervisor({"engine": ["--ready-after", "2.5"]}) as process:
+        assert process.stdout is not None
+        assert "is ready at" in process.stdout.readline()
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "starting: " in errors
+    assert "engine loading" in errors
+
+
+def test_a_signal_during_the_start(events_file: Path) -> None:
+    with supervisor({"engine": ["--ready-after", "60"]}) as process:
+        end = time.monotonic() + 15
+        while ("engine", "started") not in order(events_file):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 0
+    assert no_process_left(events_file)
+
+
+def test_a_second_signal_kills_what_does_not_end(events_file: Path) -> None:
+    with supervisor({"engine": ["--deaf"]}) as process:
+        assert process.stdout is not None
+        assert "is ready at" in process.stdout.readline()
+        process.terminate()
+        end = time.monotonic() + 15
+        while ("gateway", "ended") not in order(events_file):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(10) == 0
+    assert no_process_left(events_file)
+
+
+def test_what_the_services_are_told(
+    events_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    settings = StackSettings(
+        Path("some/model"), Path("some/tokenizer"), 2, metrics_port=9000, commands=commands({})
+    )
+    with Interrupts() as interrupts, Stack(settings, interrupts) as stack:
+        assert stack._environment()["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://{stack.collector}"
+        assert "OTEL_SDK_DISABLED" not in stack._environment()
+    told = {event["name"]: " ".join(event["argv"][1:]) for event in events(events_file)}
+    for name in ("tokenizer", "engine"):
+        assert "--model some/model --tokenizer some/tokenizer" in told[name]
+        assert "--port 0" in told[name]
+    assert "--threads 2" in told["engine"]
+    assert "--threads" not in told["tokenizer"]
+    assert "--trust-incoming-trace" in told["gateway"]
+    assert "--tokenizer 127.0.0.1:" in told["gateway"]
+    assert "--engine 127.0.0.1:" in told["gateway"]
+    assert "--metrics-port 9000" in told["gateway"]
+    assert "--metrics-port 9001" in told["tokenizer"]
+    assert "--metrics-port 9002" in told["engine"]
+
+
+def test_not_ready_in_time(events_file: Path) -> None:
+    settings = StackSettings(
+        Path("m"), start_timeout=2.0, commands=commands({"engine": ["--ready-after", "60"]})
+    )
+    with (
+        Interrupts() as interrupts,
+        pytest.raises(CommandError, match=r"not ready within 2 s: .*engine loading"),
+        Stack(settings, interrupts),
+    ):
+        pass
+    assert no_process_left(events_file)
+
+
+def test_a_taken_collector_port() -> None:
+    with Interrupts() as interrupts, Collector() as taken:
+        port = int(taken.address.rpartition(":")[2])
+        with pytest.raises(CommandError, match=f"cannot listen on port {port}"):
+            Stack(StackSettings(Path("m"), collector_port=port), interrupts)
+
+
+def test_state_files_that_are_not_ours_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert state.find() is None
+    (tmp_path / "nanoinfer").mkdir()
+    (tmp_path / "nanoinfer" / "up-1.json").write_text("not json")
+    (tmp_path / "nanoinfer" / "up-2.json").write_text('{"other": 1}')
+    dead = Running("127.0.0.1:1", "127.0.0.1:2", 3)
+    with running_gateway(behaviour) as (address, _):
+        alive = Running(address, "127.0.0.1:2", 4)
+        with state.published(alive), state.published(dead):
+            assert state.find() == alive
+    assert state.find() is None
+
+
+def test_without_a_writable_place_up_still_works(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "file"))
+    with state.published(Running("a", "b", 1)):
+        pass
+    assert "will not find this stack" in capsys.readouterr().err
