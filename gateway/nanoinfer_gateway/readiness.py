@@ -11,7 +11,7 @@ import grpc
 
 
 class Readiness:
-    """Follows both sides; `on_change` is told each change of `is_ready`."""
+    """Follows both sides; `on_change` is told each change, of which the first is to ready."""
 
     def __init__(
         self,
@@ -23,13 +23,8 @@ class Readiness:
         self._any_engine = any_engine
         self._on_change = on_change
         self._any_tokenizer = False
+        self._is_ready = False
         self._watcher: asyncio.Task[None] | None = None
-        self._ready = asyncio.Event()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether both sides serve."""
-        return self._ready.is_set()
 
     def start(self) -> None:
         """Begin to follow the tokenizers' channel, which connects it."""
@@ -41,20 +36,12 @@ class Readiness:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
 
-    async def wait(self) -> None:
-        """Wait until both sides serve."""
-        await self._ready.wait()
-
     def update(self) -> None:
-        """Look at both sides; called whenever the engines' side changed."""
+        """Look at both sides; called whenever the engines' side may have changed."""
         is_ready = self._any_tokenizer and self._any_engine()
-        if is_ready == self.is_ready:
-            return
-        if is_ready:
-            self._ready.set()
-        else:
-            self._ready.clear()
-        self._on_change(is_ready)
+        if is_ready != self._is_ready:
+            self._is_ready = is_ready
+            self._on_change(is_ready)
 
     async def _watch_tokenizers(self) -> None:
         while True:

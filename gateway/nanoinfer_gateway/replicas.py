@@ -17,7 +17,7 @@ from nanoinfer_common.errors import ServiceError, Violation, invalid, not_found_
 
 MIN_RETRY_SECONDS = 0.05
 MAX_RETRY_SECONDS = 1.0
-PROBE_TIMEOUT_SECONDS = 5.0
+PROBE_SECONDS = 5.0
 # the longest deadline that a server takes; the stream is then opened again
 WATCH_SECONDS = 3600.0
 
@@ -88,34 +88,44 @@ class Replica:
         await self._channel.close(None)
 
     async def _watch(self) -> None:
+        """Keep following; out of reach, try again within a second."""
         delay = MIN_RETRY_SECONDS
         while True:
             try:
-                described = await self.stub.GetModelInfo(
-                    engine_pb2.EngineServiceGetModelInfoRequest(), timeout=PROBE_TIMEOUT_SECONDS
-                )
-                self.model = _offered(described.model)
-                await self._watch_load()
+                await self._follow()
                 delay = MIN_RETRY_SECONDS
             except grpc.aio.AioRpcError as error:
                 if self.load is not None:
-                    delay = MIN_RETRY_SECONDS
                     _log.warning("engine_lost", target=self.target, code=error.code().name)
+                    delay = MIN_RETRY_SECONDS
                 self.load = None
                 self._on_change()
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RETRY_SECONDS)
 
-    async def _watch_load(self) -> None:
-        """Follow the load until the stream ends; its own deadline is an ordinary end."""
-        request = engine_pb2.EngineServiceWatchLoadRequest()
+    async def _follow(self) -> None:
+        """Follow the load until the stream ends; ask for the model when it begins.
+
+        The stream's own deadline is an ordinary end. The model is asked for second, because a try
+        to open the stream leaves no span, and there is one every second while an engine is away.
+        """
+        model = None
+        reports = self.stub.WatchLoad(
+            engine_pb2.EngineServiceWatchLoadRequest(), timeout=WATCH_SECONDS
+        )
         try:
-            async for report in self.stub.WatchLoad(request, timeout=WATCH_SECONDS):
+            async for report in reports:
+                if model is None:
+                    request = engine_pb2.EngineServiceGetModelInfoRequest()
+                    described = await self.stub.GetModelInfo(request, timeout=PROBE_SECONDS)
+                    model = self.model = _offered(described.model)
                 self.load = report.load
                 self._on_change()
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            if model is None or error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
+        finally:
+            reports.cancel()
 
 
 class Replicas:

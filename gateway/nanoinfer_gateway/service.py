@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import grpc
-import structlog
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import gateway_pb2_grpc, generation_pb2
 from nanoinfer_common import names
@@ -33,16 +32,12 @@ from nanoinfer_gateway.upstreams import Engines, Tokenizer
 from nanoinfer_gateway.vocabulary import Vocabularies
 from nanoinfer_gateway.write_slots import WriteSlots
 
-VOCABULARY_RETRY_SECONDS = 0.2
-
-_log = structlog.get_logger(__name__)
-
 
 class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     """The gateway as a service of `nanoinfer_common.server`; made inside the event loop.
 
-    It is ready while at least one tokenizer and one engine serve. Once it was ready, losing them
-    turns health to NOT_SERVING but refuses nothing here: each request is told what is missing.
+    It is ready while at least one tokenizer and one engine serve. Without them health says
+    NOT_SERVING and the state STALLED, but nothing is refused for it: requests are told what lacks.
     """
 
     name = "nanoinfer-gateway"
@@ -82,43 +77,33 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             self._vocabularies.get,
         )
         self._reader = RequestReader(settings, self._replicas)
-        self._started = False
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the handlers."""
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
-        """Connect; wait for upstreams and fetch the vocabulary, unless told not to wait."""
+        """Connect. Ready comes later, once upstreams serve."""
+        if not self._settings.ready_without_upstreams:
+            self._status.set_stalled()
         self._readiness.start()
         await self._replicas.start()
-        while not self._settings.ready_without_upstreams:
-            await self._readiness.wait()
-            try:
-                await self._vocabularies.get()
-                break
-            except ServiceError as error:
-                _log.warning("vocabulary_not_fetched", reason=error.reason)
-                await asyncio.sleep(VOCABULARY_RETRY_SECONDS)
-        self._started = True
 
     async def drain(self, seconds: float) -> None:
         """Nothing to do: the server lets running calls finish, and nothing outlives its call."""
 
     async def stop(self) -> None:
         """Close every channel and end every background task."""
-        self._started = False
         await self._readiness.stop()
         await self._vocabularies.close()
         await self._replicas.stop()
         await self._tokenizer.close()
 
     def _report_readiness(self, is_ready: bool) -> None:
-        if not self._started or self._settings.ready_without_upstreams:
-            return
         if is_ready:
+            self._vocabularies.prefetch()
             self._status.set_serving()
-        else:
+        elif not self._settings.ready_without_upstreams:
             self._status.set_stalled()
 
     async def Generate(

@@ -27,6 +27,9 @@ HOP_MARGIN_SECONDS = 0.05
 MAX_ATTEMPTS = 3
 VOCABULARY_TIMEOUT_SECONDS = 60.0
 
+# a server that stops cancels its calls; our own cancels do not come back as errors
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
 Observe = Callable[[str], AbstractContextManager[None]]
 
 
@@ -126,7 +129,7 @@ class Tokenizer:
             code = error.code()
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 call.timeout()  # the caller's own deadline is over, unless only the cap was reached
-            elif code is not grpc.StatusCode.UNAVAILABLE:
+            elif code not in _GONE:
                 raise from_rpc_error(error) from error
             raise unavailable(
                 names.TOKENIZER_UNAVAILABLE, "no tokenizer answers", retry_after=1.0
@@ -184,7 +187,6 @@ class Engines:
 def _engine_error(error: grpc.aio.AioRpcError) -> ServiceError:
     """The engine's own refusal where it gave one; a broken connection is ENGINE_LOST."""
     known = from_rpc_error(error)
-    lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-    if error.code() in lost and known.reason == error.code().name:
+    if error.code() in _GONE and known.reason == error.code().name:
         return unavailable(names.ENGINE_LOST, "the engine is gone", retry_after=1.0)
     return known

@@ -66,6 +66,11 @@ class Vocabularies:
             actual=newest.fingerprint.hex(),
         )
 
+    def prefetch(self) -> None:
+        """Begin to fetch where nothing is kept yet; the first `get` tries again what failed."""
+        if not self._kept:
+            self._fetch_in_background()
+
     async def close(self) -> None:
         """Cancel a fetch that is under way."""
         if self._fetching is not None:
@@ -74,9 +79,14 @@ class Vocabularies:
 
     async def _fetch_once(self) -> Vocabulary:
         """Join the fetch under way or start one; a waiter's cancel leaves it to the others."""
+        return await asyncio.shield(self._fetch_in_background())
+
+    def _fetch_in_background(self) -> asyncio.Task[Vocabulary]:
         if self._fetching is None or self._fetching.done():
             self._fetching = asyncio.create_task(self._fetch_and_keep())
-        return await asyncio.shield(self._fetching)
+            # a failure is told to those who wait, and to nobody where nobody does
+            self._fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._fetching
 
     async def _fetch_and_keep(self) -> Vocabulary:
         vocabulary = await self._fetch()

@@ -285,6 +285,8 @@ async def gateway(
         running(partial(GatewayService, built), built) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
+        serving_now = generation_pb2.SERVER_STATE_SERVING
+        await eventually(lambda: server.status.state == serving_now, 10)
         yield Gateway(gateway_pb2_grpc.GatewayServiceStub(channel), server, channel)
 
 

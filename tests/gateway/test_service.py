@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,7 +15,10 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from nanoinfer.v1 import gateway_pb2 as pb
-from nanoinfer.v1 import generation_pb2, tokenizer_pb2
+from nanoinfer.v1 import gateway_pb2_grpc, generation_pb2, tokenizer_pb2
+from nanoinfer_common.server import running as running_service
+from nanoinfer_gateway.service import GatewayService
+from nanoinfer_gateway.settings import GatewaySettings
 
 from tests.gateway.fakes import (
     BIG,
@@ -192,7 +196,7 @@ async def test_without_a_deadline_the_servers_default_goes_upstream(
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await running.stub.Generate(pb.GatewayServiceGenerateRequest(text="hi"))
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert 0.2 < engine.remaining[0] <= 0.45
+        assert 0.2 < engine.remaining[0] <= 0.47
         await asyncio.wait_for(engine.cancelled.wait(), 1)
 
 
@@ -498,6 +502,42 @@ async def test_readiness_follows_the_engines(tokenizer: FakeTokenizer, engine: F
         async with serving(engine, two.address):
             await until_health(running, "readiness", "SERVING")
             assert (await running.stub.Generate(generate())).choices[0].text == "Hello world"
+
+
+async def test_without_upstreams_a_request_is_told_what_lacks() -> None:
+    nowhere = ["127.0.0.1:1"]
+    async with gateway(nowhere, nowhere, ready_without_upstreams=True) as running:
+        assert await health_of(running, "readiness") == "SERVING"
+        for call, expected in (
+            (running.stub.Generate(generate()), "NO_ENGINE"),
+            (running.stub.Generate(pb.GatewayServiceGenerateRequest()), "INVALID_PROMPT"),
+            (
+                running.stub.CountTokens(pb.GatewayServiceCountTokensRequest(text="a")),
+                "TOKENIZER_UNAVAILABLE",
+            ),
+            (running.stub.GetModelInfo(pb.GatewayServiceGetModelInfoRequest()), "NO_ENGINE"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            assert reason(raised.value) == expected
+        listed = await running.stub.ListModels(pb.GatewayServiceListModelsRequest())
+        assert list(listed.models) == []
+
+
+async def test_a_gateway_waits_for_its_upstreams_without_refusing_to_answer() -> None:
+    settings = GatewaySettings(
+        tokenizer=("127.0.0.1:1",), engine=("127.0.0.1:1",), port=0, metrics_port=None
+    )
+    async with (
+        running_service(partial(GatewayService, settings), settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        running = Gateway(gateway_pb2_grpc.GatewayServiceStub(channel), server, channel)
+        assert await health_of(running, "readiness") == "NOT_SERVING"
+        assert await health_of(running, "liveness") == "SERVING"
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await running.stub.Generate(generate())
+        assert reason(raised.value) == "NO_ENGINE"
 
 
 async def test_readiness_follows_the_tokenizers(
