@@ -5,12 +5,12 @@ and prompt bytes, and requests per tenant where asked for. What does not fit is 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
 from nanoinfer_common import names
-from nanoinfer_common.errors import exhausted
+from nanoinfer_common.errors import ServiceError, exhausted
 
 BYTES_PER_TOKEN = 4  # of byte-level BPE on English text and code; replaced by the count once known
 RETRY_AFTER_SECONDS = 1.0
@@ -29,39 +29,13 @@ class Bounds:
     max_tenant_requests: int | None = None
 
 
+@dataclass
 class Reservation:
-    """What one request holds; leaving the context gives it back, once."""
+    """What one request holds."""
 
-    def __init__(
-        self, admission: "Admission", tenant: str, num_tokens: int, num_bytes: int
-    ) -> None:
-        self._admission: Admission | None = admission
-        self.tenant = tenant
-        self.num_tokens = num_tokens
-        self.num_bytes = num_bytes
-
-    def settle(self, num_tokens: int) -> None:
-        """Replace the estimate by the true count; what is admitted is never turned away."""
-        if self._admission is not None:
-            self._admission.num_prompt_tokens += num_tokens - self.num_tokens
-            self.num_tokens = num_tokens
-
-    def release(self) -> None:
-        """Give everything back; a second call does nothing."""
-        admission, self._admission = self._admission, None
-        if admission is not None:
-            admission.give_back(self)
-
-    def __enter__(self) -> "Reservation":
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
+    tenant: str
+    num_bytes: int
+    num_tokens: int
 
 
 class Admission:
@@ -75,45 +49,52 @@ class Admission:
         self.num_prompt_tokens = 0
         self.num_prompt_bytes = 0
 
+    @contextmanager
     def reserve(
         self, *, tenant: str | None, num_bytes: int, num_tokens: int | None = None
-    ) -> Reservation:
-        """Take a place; `num_tokens` None is estimated from the bytes.
+    ) -> Iterator[Reservation]:
+        """Hold a place while the block runs; `num_tokens` None is estimated from the bytes.
 
         Raises RESOURCE_EXHAUSTED with RetryInfo: QUEUE_FULL, or QUOTA_EXCEEDED for the tenant's
         own bound. A prompt larger than a whole bound is let in when nothing else is held.
         """
         if num_tokens is None:
             num_tokens = -(-num_bytes // BYTES_PER_TOKEN)
-        tenant = tenant or ""
-        self._refuse_tenant(tenant)
+        held = Reservation(tenant or "", num_bytes, num_tokens)
+        self._check(held)
+        self._count(held, 1)
+        try:
+            yield held
+        finally:
+            self._count(held, -1)
+
+    def settle(self, held: Reservation, num_tokens: int) -> None:
+        """Replace the estimate by the true count; what is admitted is never turned away."""
+        self.num_prompt_tokens += num_tokens - held.num_tokens
+        held.num_tokens = num_tokens
+
+    def _count(self, held: Reservation, sign: int) -> None:
+        self.num_requests += sign
+        self.num_prompt_tokens += sign * held.num_tokens
+        self.num_prompt_bytes += sign * held.num_bytes
+        self._tenants[held.tenant] += sign
+        if not self._tenants[held.tenant]:
+            del self._tenants[held.tenant]
+
+    def _check(self, wanted: Reservation) -> None:
         bounds = self._bounds
+        quota = bounds.max_tenant_requests
+        if quota is not None and self._tenants[wanted.tenant] >= quota:
+            raise self._refusal(names.QUOTA_EXCEEDED, "tenant", "requests of this tenant")
         if self.num_requests >= bounds.max_requests:
-            self._refuse(names.QUEUE_FULL, "requests", "too many requests are under way")
-        if self.num_requests and self.num_prompt_tokens + num_tokens > bounds.max_prompt_tokens:
-            self._refuse(names.QUEUE_FULL, "prompt_tokens", "too many prompt tokens are under way")
-        if self.num_requests and self.num_prompt_bytes + num_bytes > bounds.max_prompt_bytes:
-            self._refuse(names.QUEUE_FULL, "prompt_bytes", "too many prompt bytes are under way")
-        self.num_requests += 1
-        self.num_prompt_tokens += num_tokens
-        self.num_prompt_bytes += num_bytes
-        self._tenants[tenant] += 1
-        return Reservation(self, tenant, num_tokens, num_bytes)
+            raise self._refusal(names.QUEUE_FULL, "requests", "requests")
+        if not self.num_requests:
+            return
+        if self.num_prompt_tokens + wanted.num_tokens > bounds.max_prompt_tokens:
+            raise self._refusal(names.QUEUE_FULL, "prompt_tokens", "prompt tokens")
+        if self.num_prompt_bytes + wanted.num_bytes > bounds.max_prompt_bytes:
+            raise self._refusal(names.QUEUE_FULL, "prompt_bytes", "prompt bytes")
 
-    def give_back(self, reservation: Reservation) -> None:
-        """Undo what `reserve` counted; called by the reservation alone."""
-        self.num_requests -= 1
-        self.num_prompt_tokens -= reservation.num_tokens
-        self.num_prompt_bytes -= reservation.num_bytes
-        self._tenants[reservation.tenant] -= 1
-        if not self._tenants[reservation.tenant]:
-            del self._tenants[reservation.tenant]
-
-    def _refuse_tenant(self, tenant: str) -> None:
-        bound = self._bounds.max_tenant_requests
-        if bound is not None and self._tenants[tenant] >= bound:
-            self._refuse(names.QUOTA_EXCEEDED, "tenant", "too many requests of this tenant")
-
-    def _refuse(self, reason: str, bound: str, message: str) -> None:
+    def _refusal(self, reason: str, bound: str, what: str) -> ServiceError:
         self._on_rejection(bound)
-        raise exhausted(reason, message, RETRY_AFTER_SECONDS)
+        return exhausted(reason, f"too many {what} are under way", RETRY_AFTER_SECONDS)

@@ -15,6 +15,7 @@ from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.status import ServiceStatus
 from nanoinfer_common.telemetry import set_attributes
 from nanoinfer_common.validation import Limits
+from nanoinfer_common.write_slots import WriteSlots
 
 from nanoinfer_gateway import addresses
 from nanoinfer_gateway.admission import Admission, Bounds
@@ -30,7 +31,6 @@ from nanoinfer_gateway.settings import GatewaySettings
 from nanoinfer_gateway.telemetry import request_attributes, result_attributes
 from nanoinfer_gateway.upstreams import Engines, Tokenizer
 from nanoinfer_gateway.vocabulary import Vocabularies
-from nanoinfer_gateway.write_slots import WriteSlots
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
@@ -205,8 +205,9 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             tenant=metadata.tenant,
             num_bytes=self._reader.num_bytes(prompt),
             num_tokens=len(prompt.ids) if isinstance(prompt, generation_pb2.TokenIds) else None,
-        ) as reservation:
-            generation = Generation(self._upstreams, request, reservation.settle)
+        ) as held:
+            settle = partial(self._admission.settle, held)
+            generation = Generation(self._upstreams, request, settle)
             try:
                 async with aclosing(generation.updates(slot)) as updates:
                     async for update in updates:

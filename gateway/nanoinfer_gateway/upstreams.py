@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 from nanoinfer.v1 import (
     engine_pb2,
     generation_pb2,
@@ -81,26 +83,14 @@ class Tokenizer:
     async def encode(self, text: str, call: Call) -> EncodedPrompt:
         """Return a text's ids. Raises what the tokenizer raises, or TOKENIZER_UNAVAILABLE."""
         request = tokenizer_pb2.TokenizerServiceEncodeRequest(text=text)
-        started = time.perf_counter_ns()
-        with self._errors(call):
-            response = await self._stub.Encode(
-                request, timeout=call.timeout(self._timeout_seconds), metadata=call.metadata
-            )
-        elapsed = time.perf_counter_ns() - started
-        return EncodedPrompt(response.tokens, response.tokenizer_fingerprint, elapsed)
+        return await self._encoded(self._stub.Encode, request, call)
 
     async def render_chat(
         self, messages: Iterable[tokenizer_pb2.ChatMessage], call: Call
     ) -> EncodedPrompt:
         """Return a conversation's ids, as the chat template renders it; raises like `encode`."""
         request = tokenizer_pb2.TokenizerServiceRenderChatRequest(messages=messages)
-        started = time.perf_counter_ns()
-        with self._errors(call):
-            response = await self._stub.RenderChat(
-                request, timeout=call.timeout(self._timeout_seconds), metadata=call.metadata
-            )
-        elapsed = time.perf_counter_ns() - started
-        return EncodedPrompt(response.tokens, response.tokenizer_fingerprint, elapsed)
+        return await self._encoded(self._stub.RenderChat, request, call)
 
     async def vocabulary(self) -> Vocabulary:
         """Fetch the whole vocabulary."""
@@ -114,6 +104,14 @@ class Tokenizer:
                 special.update(run.special_token_ids)
                 fingerprint = run.tokenizer_fingerprint
         return Vocabulary(fingerprint, tuple(tokens), frozenset(special))
+
+    async def _encoded(self, method: Any, request: Message, call: Call) -> EncodedPrompt:
+        started = time.perf_counter_ns()
+        timeout = call.timeout(self._timeout_seconds)
+        with self._errors(call):
+            response = await method(request, timeout=timeout, metadata=call.metadata)
+        elapsed = time.perf_counter_ns() - started
+        return EncodedPrompt(response.tokens, response.tokenizer_fingerprint, elapsed)
 
     async def close(self) -> None:
         """Close the channel and what is under way on it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -61,55 +62,60 @@ def test_each_bound_refuses_with_retry_info(bounds: dict[str, int], bound: str) 
 def test_tenants_have_bounds_of_their_own_and_the_nameless_share_one() -> None:
     gate, rejections = admission(max_tenant_requests=1)
     with gate.reserve(tenant="a", num_bytes=1), gate.reserve(tenant="b", num_bytes=1):
-        with pytest.raises(ServiceError) as raised:
-            gate.reserve(tenant="a", num_bytes=1)
+        with pytest.raises(ServiceError) as raised, gate.reserve(tenant="a", num_bytes=1):
+            pass
         with (
             gate.reserve(tenant=None, num_bytes=1),
             pytest.raises(ServiceError),
+            gate.reserve(tenant=None, num_bytes=1),
         ):
-            gate.reserve(tenant=None, num_bytes=1)
+            pass
     assert raised.value.reason == "QUOTA_EXCEEDED"
     assert rejections == ["tenant", "tenant"]
-    gate.reserve(tenant="a", num_bytes=1).release()
+    with gate.reserve(tenant="a", num_bytes=1):
+        assert gate.num_requests == 1
 
 
 def test_the_true_count_replaces_the_estimate() -> None:
     gate, _ = admission(max_prompt_tokens=100)
     with gate.reserve(tenant=None, num_bytes=400) as first:
         assert gate.num_prompt_tokens == 100
-        first.settle(10)
+        gate.settle(first, 10)
         with gate.reserve(tenant=None, num_bytes=360):
             assert gate.num_prompt_tokens == 100
-            first.settle(300)  # admitted stays admitted
+            gate.settle(first, 300)  # admitted stays admitted
             assert gate.num_prompt_tokens == 390
 
 
 def test_a_prompt_beyond_a_whole_bound_gets_in_alone() -> None:
     gate, rejections = admission(max_prompt_tokens=10)
-    with gate.reserve(tenant=None, num_bytes=1000), pytest.raises(ServiceError):
-        gate.reserve(tenant=None, num_bytes=1)
-    gate.reserve(tenant=None, num_bytes=1).release()
+    with (
+        gate.reserve(tenant=None, num_bytes=1000),
+        pytest.raises(ServiceError),
+        gate.reserve(tenant=None, num_bytes=1),
+    ):
+        pass
+    with gate.reserve(tenant=None, num_bytes=1):
+        assert gate.num_requests == 1
     assert rejections == ["prompt_tokens"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9), st.integers(0, 60))))
 def test_everything_held_is_given_back(steps: list[tuple[int, int, int]]) -> None:
     gate, _ = admission(max_requests=4, max_prompt_tokens=30, max_tenant_requests=2)
-    held = []
+    held: list[ExitStack] = []
     for num_bytes, tenant, settled in steps:
+        place = ExitStack()
         try:
-            reservation = gate.reserve(tenant=str(tenant % 3), num_bytes=num_bytes)
+            taken = place.enter_context(gate.reserve(tenant=str(tenant % 3), num_bytes=num_bytes))
         except ServiceError:
             if held:
-                released = held.pop(0)
-                released.release()
-                released.release()
-                released.settle(1)
+                held.pop(0).close()
             continue
-        reservation.settle(settled)
-        held.append(reservation)
+        gate.settle(taken, settled)
+        held.append(place)
         assert gate.num_requests == len(held) <= 4
-    for reservation in held:
-        reservation.release()
+    for place in held:
+        place.close()
     assert (gate.num_requests, gate.num_prompt_tokens, gate.num_prompt_bytes) == (0, 0, 0)
     assert not gate._tenants

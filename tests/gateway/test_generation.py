@@ -12,6 +12,7 @@ import grpc
 import pytest
 from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common.errors import ServiceError, unavailable
+from nanoinfer_common.write_slots import WriteSlots
 from nanoinfer_gateway.collecting import collect
 from nanoinfer_gateway.completions import Update
 from nanoinfer_gateway.generation import (
@@ -22,7 +23,6 @@ from nanoinfer_gateway.generation import (
 )
 from nanoinfer_gateway.upstreams import Call, EncodedPrompt
 from nanoinfer_gateway.vocabulary import Vocabulary
-from nanoinfer_gateway.write_slots import WriteSlots
 
 from tests.gateway.fakes import (
     FINGERPRINT,

@@ -10,11 +10,11 @@ import pytest
 from nanoinfer.v1 import generation_pb2
 from nanoinfer_common.config import parse_settings
 from nanoinfer_common.errors import ServiceError
+from nanoinfer_common.write_slots import WriteSlots
 from nanoinfer_gateway import addresses
 from nanoinfer_gateway.catalogue import list_page
 from nanoinfer_gateway.settings import GatewaySettings
 from nanoinfer_gateway.upstreams import Call
-from nanoinfer_gateway.write_slots import WriteSlots
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class ServiceSettings(BaseSettings):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="Wait between reporting NOT_SERVING and draining; 5 in Kubernetes.",
+        description="Time to serve on after reporting NOT_SERVING, before new calls are refused.",
     )
     drain_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Time that admitted work gets to finish."

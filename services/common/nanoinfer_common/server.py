@@ -2,7 +2,8 @@
 
 `serve` is a process's main function; `running` is the same server inside another program. The port
 opens before the service loads, so that health answers from the first moment. A drain flips health,
-waits for endpoints to notice, lets admitted work finish, then ends the rest with UNAVAILABLE.
+serves on while clients notice, then refuses, sends the connections away, lets admitted work finish
+and ends the rest with UNAVAILABLE.
 """
 
 import asyncio
@@ -36,6 +37,9 @@ MAX_CONCURRENT_STREAMS: Final = 1000
 # Clients ping every 60 s; twice as often is still no reason to send them away.
 MIN_PING_INTERVAL_MILLISECONDS: Final = 30_000
 CONNECTION_AGE_GRACE_SECONDS: Final = 3600
+# Requests on their way to a server that begins to refuse get UNAVAILABLE, which callers repeat
+# elsewhere; gRPC's own shutdown, which sends connections away, would answer CANCELLED.
+SEND_AWAY_SECONDS: Final = 0.2
 # What is left after a drain gets this long to take its status home.
 ABORT_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 3.0
@@ -166,6 +170,7 @@ class _Server:
         self._settings = settings
         self._calls = RpcInterceptor(self.service.name, settings, self.status)
         self._metrics: MetricsServer | None = None
+        self._sending_away: asyncio.Task[None] | None = None
         self._grpc = grpc.aio.server(interceptors=[self._calls], options=_options(settings))
 
     async def listen(self) -> RunningServer:
@@ -202,16 +207,25 @@ class _Server:
         await self.status.publish()
 
     async def drain(self) -> None:
-        """Refuses new work and finishes what was admitted, as far as the time reaches."""
+        """Leaves: clients notice, new work is refused, admitted work finishes in the time given."""
         settings = self._settings
-        self.status.set_draining()
-        await self.status.publish()
+        await self.status.leave()
         await asyncio.sleep(settings.drain_delay_seconds)
+        self.status.set_draining()
+        self._sending_away = asyncio.create_task(self._send_away())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.drain_seconds):
                 await self.service.drain(settings.drain_seconds)
                 while self._calls.num_requests():
                     await asyncio.sleep(POLL_SECONDS)
+
+    async def _send_away(self) -> None:
+        """Closes the port and every connection for new calls; those under way stay.
+
+        Otherwise a client behind a virtual address would wait on its connection for the whole drain.
+        """
+        await asyncio.sleep(SEND_AWAY_SECONDS)
+        await self._grpc.stop(self._settings.drain_seconds + CLOSE_SECONDS)
 
     async def close(self) -> None:
         """Ends what is left with UNAVAILABLE and closes everything."""
@@ -222,6 +236,8 @@ class _Server:
             async with asyncio.timeout(ABORT_SECONDS):
                 while self._calls.running:
                     await asyncio.sleep(POLL_SECONDS)
+        if self._sending_away is not None:
+            self._sending_away.cancel()
         await self._grpc.stop(0)
         await self.service.stop()
         if self._metrics is not None:

@@ -36,6 +36,7 @@ class ServiceStatus:
         self.failed = asyncio.Event()
         self.failure: BaseException | None = None
         self._state = pb.SERVER_STATE_LOADING
+        self._leaving = False
         self._service = ""
         self._full_name = ""
         self._health: HealthNames | None = None
@@ -96,11 +97,16 @@ class ServiceStatus:
         await health.set(names.LIVENESS, HealthCheckResponse.SERVING)
         await self.publish()
 
+    async def leave(self) -> None:
+        """Reports NOT_SERVING from now on, while requests are still taken; a drain follows."""
+        self._leaving = True
+        await self.publish()
+
     async def publish(self) -> None:
         """Brings the health names up to the present state."""
         if self._health is None:
             return
-        serving = self._state == pb.SERVER_STATE_SERVING
+        serving = self._state == pb.SERVER_STATE_SERVING and not self._leaving
         value = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         for name in ("", self._full_name, names.READINESS):
             await self._health.set(name, value)

@@ -29,6 +29,7 @@ from nanoinfer_common.validation import (
     validate_prompt_ids,
     validate_request,
 )
+from nanoinfer_common.write_slots import WriteSlots
 from prometheus_client import CollectorRegistry
 
 from nanoinfer_engine.batch import Runner
@@ -42,7 +43,6 @@ from nanoinfer_engine.settings import EngineSettings
 from nanoinfer_engine.statuses import failure, refusal_status
 from nanoinfer_engine.stream import Stream
 from nanoinfer_engine.telemetry import latency_attributes, record_phases
-from nanoinfer_engine.write_slots import WriteSlots
 
 WATCH_SECONDS = 0.1
 PROGRESS_SECONDS = 1.0
@@ -186,7 +186,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     async def _send(self, stream: Stream, answer: Answer, context: Context) -> None:
         """Write what the stream brings until it ends; raises what ended it badly."""
         while await stream.wait():
-            async with self._slots.slot():
+            async with self._slots.hold():
                 outputs = stream.take()
                 message = answer.message(outputs)
                 if message is not None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from nanoinfer_common.config import parse_settings
+from nanoinfer_common.write_slots import WriteSlots
 from nanoinfer_engine.config import CheckpointError
 from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.settings import EngineSettings
-from nanoinfer_engine.write_slots import WriteSlots
 
 PORTS = ["--port", "0", "--metrics-port", "none"]
 
@@ -88,7 +88,7 @@ async def test_slots_bound_what_is_in_flight_and_keep_the_order() -> None:
 
     async def write(name: int) -> None:
         nonlocal running, most
-        async with slots.slot():
+        async with slots.hold():
             order.append(name)
             running += 1
             most = max(most, running)
@@ -105,18 +105,18 @@ async def test_a_slot_is_not_held_for_long() -> None:
     stuck = asyncio.Event()
 
     async def stall() -> None:
-        async with slots.slot():
+        async with slots.hold():
             await stuck.wait()
 
     task = asyncio.create_task(stall())
     await asyncio.sleep(0)
     started = time.monotonic()
-    async with slots.slot():
+    async with slots.hold():
         assert 0.02 < time.monotonic() - started < 1
     stuck.set()
     await task
     async with asyncio.timeout(1):  # the late end gives no second slot away
-        async with slots.slot():
+        async with slots.hold():
             waiting = asyncio.create_task(stall())
             await asyncio.sleep(0.01)
             assert slots._free.locked()
