@@ -38,6 +38,7 @@ SPANS = [
         2, 1, "gateway", "nanoinfer.v1.GatewayService/ChatStream", 1, 99, kind="server",
         attributes={
             "gen_ai.usage.output_tokens": 34,
+            "gen_ai.usage.cache_read.input_tokens": 0,
             "gen_ai.response.finish_reasons": ["stop"],
             "gen_ai.response.time_to_first_chunk": 0.0393,
             "gen_ai.response.id": "not shown",

@@ -2,58 +2,42 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import grpc
-from opentelemetry.trace import TracerProvider
 
-from nanoinfer import calls, health, options
-from nanoinfer.calls import Call, Caller
+from nanoinfer import health, options
+from nanoinfer.base import ClientBase
+from nanoinfer.calls import Call
 from nanoinfer.options import CallOptions, Message, Options, Prompt
 from nanoinfer.results import Completion, whole
 from nanoinfer.streams import CLOSED, AsyncStream, Until, cancelled_by_caller
-from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc
+from nanoinfer.v1 import gateway_pb2
 from nanoinfer.v1.generation_pb2 import ModelInfo, ServerInfo
 
 
-class AsyncClient:
+class AsyncClient(ClientBase):
     """`Client` for asyncio: the same methods and options, awaited. Build it inside the loop.
 
     Cancelling the task that waits for a call cancels the call.
     """
 
-    def __init__(
-        self,
-        target: str = calls.DEFAULT_TARGET,
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-        timeout: float | None = calls.DEFAULT_TIMEOUT,
-        wait_for_ready: bool = True,
-        metadata: Mapping[str, str | bytes] | None = None,
-        max_message_bytes: int = calls.MAX_MESSAGE_BYTES,
-        tracer_provider: TracerProvider | None = None,
-    ) -> None:
-        self.target = target
-        channel_options = calls.channel_options(wait_for_ready, max_message_bytes)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, channel_options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, channel_options)
-        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
-        self._caller = Caller(target, timeout, metadata, tracer_provider)
+    _transport: ClassVar[Any] = grpc.aio
 
     async def generate(self, prompt: Prompt, **settings: Unpack[Options]) -> Completion:
         """Completes a prompt, given as text or as token ids."""
         options.check_names(settings, Options)
-        request = options.generate_request(prompt, settings)
+        request = options.generate_request(
+            prompt, settings, gateway_pb2.GatewayServiceGenerateRequest
+        )
         return await self._complete("Generate", self._stub.Generate, request, settings)
 
     async def chat(self, messages: Sequence[Message], **settings: Unpack[Options]) -> Completion:
         """Answers a conversation."""
         options.check_names(settings, Options)
-        request = options.chat_request(messages, settings)
+        request = options.chat_request(messages, settings, gateway_pb2.GatewayServiceChatRequest)
         return await self._complete("Chat", self._stub.Chat, request, settings)
 
     def stream(
@@ -67,15 +51,7 @@ class AsyncClient:
 
         `until` sees the text so far after each delta; True ends the stream and cancels the call.
         """
-        options.check_names(settings, Options)
-        request = options.stream_request(prompt, settings)
-        method: Any
-        if isinstance(request, gateway_pb2.GatewayServiceChatStreamRequest):
-            name, method = "ChatStream", self._stub.ChatStream
-        else:
-            name, method = "GenerateStream", self._stub.GenerateStream
-        call = self._caller.open(name, settings)
-        return AsyncStream(call, call.invoke(method, request), until)
+        return AsyncStream(*self._open_stream(prompt, settings), until)
 
     async def generate_batch(
         self, prompts: Iterable[Prompt], *, max_concurrency: int = 32, **settings: Unpack[Options]
@@ -172,13 +148,13 @@ class AsyncClient:
     async def _complete(
         self, name: str, method: Any, request: object, settings: Options
     ) -> Completion:
-        call = self._caller.open(name, settings)
+        call = self._open(name, settings)
         response, trace_id = await _await(call, call.invoke(method, request))
         return whole(response, call.request_id, trace_id)
 
     async def _call(self, name: str, method: Any, request: object, settings: CallOptions) -> Any:
         options.check_names(settings, CallOptions)
-        call = self._caller.open(name, settings)
+        call = self._open(name, settings)
         return (await _await(call, call.invoke(method, request)))[0]
 
 

@@ -2,51 +2,31 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, ClassVar, Generic, Self, TypeVar, Unpack
 
 import grpc
-from opentelemetry.trace import TracerProvider
 
-from nanoinfer import calls, health, options
-from nanoinfer.calls import Call, Caller
+from nanoinfer import health, options
+from nanoinfer.base import ClientBase
+from nanoinfer.calls import Call
 from nanoinfer.options import CallOptions, Message, Options, Prompt
 from nanoinfer.results import Completion, whole
 from nanoinfer.streams import CLOSED, Stream, Until
-from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc
+from nanoinfer.v1 import gateway_pb2
 from nanoinfer.v1.generation_pb2 import ModelInfo, ServerInfo
 
 Response = TypeVar("Response")
 
 
-class Client:
+class Client(ClientBase):
     """Talks to a gateway and blocks the calling thread; may be shared by threads.
 
-    `timeout` in seconds holds for calls that bring none; None means no deadline. Without
-    `wait_for_ready` a gateway that cannot be reached is `Unavailable` at once; with it, calls wait
-    for one until their timeout. `metadata` is sent with every call. Calls raise `NanoInferError`.
+    Calls raise `NanoInferError`. What it is built from is `ClientBase`'s.
     """
 
-    def __init__(
-        self,
-        target: str = calls.DEFAULT_TARGET,
-        *,
-        credentials: grpc.ChannelCredentials | None = None,
-        timeout: float | None = calls.DEFAULT_TIMEOUT,
-        wait_for_ready: bool = True,
-        metadata: Mapping[str, str | bytes] | None = None,
-        max_message_bytes: int = calls.MAX_MESSAGE_BYTES,
-        tracer_provider: TracerProvider | None = None,
-    ) -> None:
-        self.target = target
-        channel_options = calls.channel_options(wait_for_ready, max_message_bytes)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, channel_options)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, channel_options)
-        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
-        self._caller = Caller(target, timeout, metadata, tracer_provider)
+    _transport: ClassVar[Any] = grpc
 
     def generate(self, prompt: Prompt, **settings: Unpack[Options]) -> Completion:
         """Completes a prompt, given as text or as token ids."""
@@ -55,7 +35,7 @@ class Client:
     def chat(self, messages: Sequence[Message], **settings: Unpack[Options]) -> Completion:
         """Answers a conversation."""
         options.check_names(settings, Options)
-        request = options.chat_request(messages, settings)
+        request = options.chat_request(messages, settings, gateway_pb2.GatewayServiceChatRequest)
         return self._start("Chat", self._stub.Chat, request, settings, _completion).result()
 
     def stream(
@@ -69,15 +49,7 @@ class Client:
 
         `until` sees the text so far after each delta; True ends the stream and cancels the call.
         """
-        options.check_names(settings, Options)
-        request = options.stream_request(prompt, settings)
-        method: Any
-        if isinstance(request, gateway_pb2.GatewayServiceChatStreamRequest):
-            name, method = "ChatStream", self._stub.ChatStream
-        else:
-            name, method = "GenerateStream", self._stub.GenerateStream
-        call = self._caller.open(name, settings)
-        return Stream(call, call.invoke(method, request), until)
+        return Stream(*self._open_stream(prompt, settings), until)
 
     def generate_batch(
         self, prompts: Iterable[Prompt], *, max_concurrency: int = 32, **settings: Unpack[Options]
@@ -135,12 +107,16 @@ class Client:
     def model_info(self, model: str | None = None, **settings: Unpack[CallOptions]) -> ModelInfo:
         """A model's description, its defaults included; the served one where no name is given."""
         request = gateway_pb2.GatewayServiceGetModelInfoRequest(model=model)
-        return self._call("GetModelInfo", self._stub.GetModelInfo, request, settings).model
+        response = self._call("GetModelInfo", self._stub.GetModelInfo, request, settings)
+        info: ModelInfo = response.model
+        return info
 
     def server_info(self, **settings: Unpack[CallOptions]) -> ServerInfo:
         """The gateway's description."""
         request = gateway_pb2.GatewayServiceGetServerInfoRequest()
-        return self._call("GetServerInfo", self._stub.GetServerInfo, request, settings).server
+        response = self._call("GetServerInfo", self._stub.GetServerInfo, request, settings)
+        info: ServerInfo = response.server
+        return info
 
     def wait_until_ready(self, timeout: float = 30.0) -> None:
         """Returns once the gateway says that it is ready; raises `Unavailable` after `timeout`."""
@@ -175,7 +151,9 @@ class Client:
 
     def _start_generate(self, prompt: Prompt, settings: Options) -> "_Started[Completion]":
         options.check_names(settings, Options)
-        request = options.generate_request(prompt, settings)
+        request = options.generate_request(
+            prompt, settings, gateway_pb2.GatewayServiceGenerateRequest
+        )
         return self._start("Generate", self._stub.Generate, request, settings, _completion)
 
     def _call(
@@ -193,7 +171,7 @@ class Client:
         settings: CallOptions,
         decode: Callable[[Any, Call, str | None], Response],
     ) -> "_Started[Response]":
-        call = self._caller.open(name, settings)
+        call = self._open(name, settings)
         return _Started(call, call.invoke(method.future, request), decode)
 
 

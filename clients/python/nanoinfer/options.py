@@ -8,7 +8,7 @@ carry is refused, with TypeError or ValueError.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeGuard, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
 
@@ -16,6 +16,16 @@ from nanoinfer.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 Prompt = str | Sequence[int]
+PromptRequest = TypeVar(
+    "PromptRequest",
+    gateway_pb2.GatewayServiceGenerateRequest,
+    gateway_pb2.GatewayServiceGenerateStreamRequest,
+)
+ChatRequest = TypeVar(
+    "ChatRequest",
+    gateway_pb2.GatewayServiceChatRequest,
+    gateway_pb2.GatewayServiceChatStreamRequest,
+)
 
 
 class Message(TypedDict):
@@ -92,42 +102,19 @@ def generation_options(options: Options) -> gateway_pb2.GenerationOptions:
     return message
 
 
-def generate_request(prompt: Prompt, options: Options) -> gateway_pb2.GatewayServiceGenerateRequest:
+def generate_request(prompt: Prompt, options: Options, kind: type[PromptRequest]) -> PromptRequest:
     """A prompt's request, as text or as ids."""
-    request = gateway_pb2.GatewayServiceGenerateRequest(options=generation_options(options))
+    settings = generation_options(options)
     if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
-        request.token_ids.SetInParent()
-    return request
+        return kind(text=prompt, options=settings)
+    return kind(token_ids=generation_pb2.TokenIds(ids=prompt), options=settings)
 
 
 def chat_request(
-    messages: Sequence[Message], options: Options
-) -> gateway_pb2.GatewayServiceChatRequest:
+    messages: Sequence[Message], options: Options, kind: type[ChatRequest]
+) -> ChatRequest:
     """A conversation's request."""
-    return gateway_pb2.GatewayServiceChatRequest(
-        messages=chat_messages(messages), options=generation_options(options)
-    )
-
-
-def stream_request(
-    prompt: Prompt | Sequence[Message], options: Options
-) -> gateway_pb2.GatewayServiceGenerateStreamRequest | gateway_pb2.GatewayServiceChatStreamRequest:
-    """The streaming request: of a conversation where messages are given, else of a prompt."""
-    if is_conversation(prompt):
-        chat = chat_request(prompt, options)  # type: ignore[arg-type]
-        return gateway_pb2.GatewayServiceChatStreamRequest(
-            messages=chat.messages, options=chat.options
-        )
-    whole = generate_request(prompt, options)  # type: ignore[arg-type]
-    request = gateway_pb2.GatewayServiceGenerateStreamRequest(options=whole.options)
-    if whole.HasField("text"):
-        request.text = whole.text
-    else:
-        request.token_ids.CopyFrom(whole.token_ids)
-    return request
+    return kind(messages=chat_messages(messages), options=generation_options(options))
 
 
 def count_request(
@@ -143,7 +130,7 @@ def count_request(
     return request
 
 
-def is_conversation(prompt: Prompt | Sequence[Message]) -> bool:
+def is_conversation(prompt: Prompt | Sequence[Message]) -> TypeGuard[Sequence[Message]]:
     """Tells messages from a text or ids."""
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
@@ -152,20 +139,14 @@ def chat_messages(messages: Sequence[Message]) -> list[tokenizer_pb2.ChatMessage
     """Messages as the contract has them."""
     if isinstance(messages, str):
         raise TypeError("a conversation is a sequence of {'role', 'content'}, not a string")
-    return [
-        tokenizer_pb2.ChatMessage(
-            role=message["role"],
-            content=[
-                tokenizer_pb2.ContentPart(text=text)
-                for text in (
-                    [message["content"]]
-                    if isinstance(message["content"], str)
-                    else message["content"]
-                )
-            ],
-        )
-        for message in messages
-    ]
+    return [_chat_message(message) for message in messages]
+
+
+def _chat_message(message: Message) -> tokenizer_pb2.ChatMessage:
+    content = message["content"]
+    texts = [content] if isinstance(content, str) else content
+    parts = [tokenizer_pb2.ContentPart(text=text) for text in texts]
+    return tokenizer_pb2.ChatMessage(role=message["role"], content=parts)
 
 
 def _fill(message: ProtoMessage, options: Mapping[str, Any], skip: Sequence[str] = ()) -> None:

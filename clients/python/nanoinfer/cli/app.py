@@ -11,7 +11,7 @@ import grpc
 import typer
 
 from nanoinfer import health as grpc_health
-from nanoinfer.calls import package_version
+from nanoinfer.base import package_version
 from nanoinfer.cli import arguments, console
 from nanoinfer.cli.answers import Repl, conversation, show
 from nanoinfer.cli.arguments import (

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from nanoinfer.calls import DEFAULT_TARGET
+from nanoinfer.base import DEFAULT_TARGET
 from nanoinfer.cli.console import Progress
 from nanoinfer.client import Client
 

@@ -111,7 +111,7 @@ def _facts(span: Span) -> Iterator[str]:
     if code not in (None, "OK"):
         yield f"status={code}"
     for key, value in sorted(span.attributes.items()):
-        if key.startswith(_SHOWN) and key not in _NOT_SHOWN:
+        if key.startswith(_SHOWN) and key not in _NOT_SHOWN and value not in (0, code):
             yield f"{_short(key)}={_plain(value)}"
     for time, name in span.events:
         yield f"{name} at {_milliseconds(time - span.start)}"

@@ -1,0 +1,148 @@
+"""What both clients are built from: the channel, the defaults of calls, the spans.
+
+A call's span is a CLIENT span of opentelemetry-api, a no-op without an SDK; its W3C context goes
+into the metadata. Baggage never leaves.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar, cast
+
+import grpc
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from nanoinfer import options
+from nanoinfer.calls import Call
+from nanoinfer.options import CallOptions, Message, Options, Prompt
+from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+DEFAULT_TIMEOUT = 300.0
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+SERVICE = "nanoinfer.v1.GatewayService"
+
+RETRY_POLICY = {
+    "maxAttempts": 3,
+    "initialBackoff": "0.1s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+
+def package_version() -> str:
+    """The installed version; `unknown` where the package runs from a bare folder."""
+    try:
+        return version("nanoinfer")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple[str, str | int]]:
+    """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway."""
+    service_config = {
+        "methodConfig": [
+            {
+                "name": [{"service": SERVICE}],
+                "waitForReady": wait_for_ready,
+                "retryPolicy": RETRY_POLICY,
+            }
+        ],
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+        "healthCheckConfig": {"serviceName": ""},
+    }
+    return [
+        ("grpc.service_config", json.dumps(service_config)),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.primary_user_agent", f"nanoinfer-python/{package_version()}"),
+    ]
+
+
+class ClientBase:
+    """Holds a gateway's channel.
+
+    `timeout` in seconds holds for calls that bring none; None means no deadline. Without
+    `wait_for_ready` a gateway that cannot be reached is `Unavailable` at once; with it, calls wait
+    for one until their timeout. `metadata` is sent with every call.
+    """
+
+    _transport: ClassVar[Any]  # grpc or grpc.aio
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        wait_for_ready: bool = True,
+        metadata: Mapping[str, str | bytes] | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        tracer_provider: trace.TracerProvider | None = None,
+    ) -> None:
+        self.target = target
+        arguments = _channel_options(wait_for_ready, max_message_bytes)
+        if credentials is None:
+            self._channel = self._transport.insecure_channel(target, arguments)
+        else:
+            self._channel = self._transport.secure_channel(target, credentials, arguments)
+        self._stub: Any = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._timeout = timeout
+        self._metadata = dict(metadata or {})
+        self._tracer = trace.get_tracer("nanoinfer", package_version(), tracer_provider)
+        self._attributes: dict[str, str | int] = {"rpc.system.name": "grpc"}
+        host, _, port = target.rpartition("/")[2].rpartition(":")
+        if port.isdecimal():
+            self._attributes |= {"server.address": host.strip("[]"), "server.port": int(port)}
+
+    def _open_stream(
+        self, prompt: Prompt | Sequence[Message], settings: Options
+    ) -> tuple[Call, Any]:
+        options.check_names(settings, Options)
+        if options.is_conversation(prompt):
+            kind = gateway_pb2.GatewayServiceChatStreamRequest
+            chat = options.chat_request(prompt, settings, kind)
+            call = self._open("ChatStream", settings)
+            return call, call.invoke(self._stub.ChatStream, chat)
+        whole = gateway_pb2.GatewayServiceGenerateStreamRequest
+        request = options.generate_request(cast(Prompt, prompt), settings, whole)
+        call = self._open("GenerateStream", settings)
+        return call, call.invoke(self._stub.GenerateStream, request)
+
+    def _open(self, method: str, settings: CallOptions) -> Call:
+        request_id = settings.get("request_id") or str(uuid.uuid4())
+        headers: dict[str, str | bytes] = {**self._metadata, **(settings.get("metadata") or {})}
+        headers["x-request-id"] = request_id
+        if (priority := settings.get("priority")) is not None:
+            headers["x-nanoinfer-priority"] = str(priority)
+        if (tenant := settings.get("tenant")) is not None:
+            headers["x-nanoinfer-tenant"] = tenant
+        _check(headers)
+        name = f"{SERVICE}/{method}"
+        span = self._tracer.start_span(
+            name,
+            kind=trace.SpanKind.CLIENT,
+            attributes={**self._attributes, "rpc.method": name},
+        )
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier, trace.set_span_in_context(span))
+        metadata = (*headers.items(), *carrier.items())
+        timeout = settings.get("timeout")
+        return Call(self._timeout if timeout is None else timeout, metadata, request_id, span)
+
+
+def _check(metadata: Mapping[str, str | bytes]) -> None:
+    """Raises ValueError for what gRPC would refuse, late and without a name."""
+    for key, value in metadata.items():
+        if not re.fullmatch(r"[a-z0-9_.-]+", key):
+            raise ValueError(f"metadata key {key!r}: lower-case letters, digits, _ . - only")
+        text = isinstance(value, str) and value.isascii() and value.isprintable()
+        if not (isinstance(value, bytes) if key.endswith("-bin") else text):
+            raise ValueError(f"metadata {key!r}: printable ASCII only, or bytes for a -bin key")
