@@ -244,12 +244,12 @@ def test_no_gateway() -> None:
 
 def test_what_was_streamed_stays_when_the_stream_breaks(target: str, behaviour: Behaviour) -> None:
     def breaks(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        yield STREAM(deltas=[gateway_pb2.TextDelta(text="half an ans")])
+        yield STREAM(deltas=[gateway_pb2.TextDelta(text="unfinished text")])
         context.abort(grpc.StatusCode.UNAVAILABLE, "engine lost")
 
     behaviour.stream = breaks
     result = run("complete", "--target", target, "x")
-    assert result.stdout == "half an ans\n"
+    assert result.stdout == "unfinished text\n"
     assert result.exit_code == 3
 
 
