@@ -50,6 +50,7 @@ class KVCache:
         self._storage = torch.zeros(shape, dtype=dtype, device=device)
         # views made once: indexing a tensor costs microseconds, and each layer does it every step
         self._slots = self._storage.view(config.num_layers, 2, num_blocks * block_size, heads, dim)
+        self._planes = self._storage.view(2 * config.num_layers, num_blocks, -1)
         self._layers = [(layer[0], layer[1]) for layer in self._storage]
         self._flat_layers = [(layer[0], layer[1]) for layer in self._slots]
 
@@ -70,6 +71,4 @@ class KVCache:
         Attention reads whole blocks and masks the slots not yet written; a mask hides any finite
         number, but not a NaN or infinity that an earlier owner left behind.
         """
-        for keys, values in self._layers:
-            keys.index_fill_(0, blocks, 0)
-            values.index_fill_(0, blocks, 0)
+        self._planes.index_fill_(1, blocks, 0)
