@@ -146,7 +146,7 @@ class Generation:
     async def _read(
         self, request: engine_pb2.EngineServiceGenerateRequest, completions: Completions
     ) -> None:
-        """Feed the engine's messages in until all completions ended, then cancel its call."""
+        """Feed the engine's messages in until its stream ends or a stop string ended all it does."""
         try:
             await self._read_messages(request, completions)
             if not completions.all_ended:
@@ -173,8 +173,8 @@ class Generation:
                 self._news.set()
                 if message.HasField("summary"):
                     self._reported = message.summary
-                if completions.all_ended and (completions.any_cut or self._reported):
-                    return
+                if completions.all_ended and completions.any_cut and self._reported is None:
+                    return  # the engine knows nothing of stop strings and would go on
                 while completions.has_news and completions.num_pending_tokens > MAX_PENDING_TOKENS:
                     self._room.clear()
                     await self._room.wait()

@@ -71,6 +71,8 @@ def test_a_chat_is_one_trace(
     inner = named[("nanoinfer-engine", GENERATE, KIND.SPAN_KIND_SERVER)]
     for name in ("time_in_queue", "time_to_first_token", "e2e", "time_in_model_decode"):
         assert isinstance(inner[f"gen_ai.latency.{name}"], float)
+    codes = {values.get("rpc.response.status_code", "OK") for values in named.values()}
+    assert codes == {"OK"}
     with_usage = [key for key, values in named.items() if "gen_ai.usage.input_tokens" in values]
     assert len(with_usage) == 1
     text = repr([values for values in named.values()])
