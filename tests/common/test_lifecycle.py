@@ -97,6 +97,9 @@ async def test_drain_in_order(tmp_path: Path) -> None:
         for name in ("", FULL_NAME, "readiness"):
             await probe.become(name, "NOT_SERVING")
         assert await probe.health("liveness") == "SERVING"
+        # Clients that have not noticed yet are served on.
+        assert await call(probe.channel, "unary_unary", b"late")
+        await asyncio.sleep(0.55 - (time.monotonic() - sent))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call(probe.channel, "unary_unary", b"new")
         error = errors.from_rpc_error(refused.value)

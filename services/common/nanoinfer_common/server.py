@@ -222,7 +222,7 @@ class _Server:
     async def _send_away(self) -> None:
         """Closes the port and every connection for new calls; those under way stay.
 
-        Otherwise a client behind a virtual address would wait on its connection for the whole drain.
+        Otherwise a client behind a virtual address would stay on its connection for all the drain.
         """
         await asyncio.sleep(SEND_AWAY_SECONDS)
         await self._grpc.stop(self._settings.drain_seconds + CLOSE_SECONDS)
