@@ -13,7 +13,7 @@ import pytest
 from nanoinfer.v1 import generation_pb2, tokenizer_pb2_grpc
 from nanoinfer.v1 import tokenizer_pb2 as pb
 from nanoinfer_common import names
-from nanoinfer_common.errors import ServiceError, from_rpc_error
+from nanoinfer_common.errors import ServiceError, StartError, from_rpc_error
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.server import running
 from nanoinfer_tokenizer.loading import LoadedTokenizer
@@ -662,7 +662,7 @@ async def test_spans_carry_the_prompts_length(serve: Serve, spans: Any) -> None:
 
 
 async def test_a_model_without_a_tokenizer_does_not_start(serve: Serve, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(StartError, match="neither"):
         await serve(tmp_path)
 
 

@@ -89,7 +89,7 @@ class BoundedSpanProcessor(BatchSpanProcessor):
             # Never reached, because `on_end` stops before it; so every drop is counted here.
             max_queue_size=2 * max_queued,
             max_export_batch_size=min(512, max_queued),
-            schedule_delay_millis=EXPORT_INTERVAL_MILLISECONDS,
+            schedule_delay_millis=_export_interval(),
         )
 
     def on_end(self, span: ReadableSpan) -> None:
@@ -100,6 +100,15 @@ class BoundedSpanProcessor(BatchSpanProcessor):
             super().on_end(span)
         else:
             self._dropped.add(1)
+
+
+def _export_interval() -> float:
+    """`OTEL_BSP_SCHEDULE_DELAY` in milliseconds, where it is set; StartError if it is no number."""
+    text = os.environ.get("OTEL_BSP_SCHEDULE_DELAY", "")
+    try:
+        return float(text or EXPORT_INTERVAL_MILLISECONDS)
+    except ValueError as error:
+        raise StartError(f"OTEL_BSP_SCHEDULE_DELAY: {text!r} is no number") from error
 
 
 class _CountingExporter(SpanExporter):

@@ -12,13 +12,18 @@ from nanoinfer.v1 import tokenizer_pb2 as pb
 from nanoinfer.v1 import tokenizer_pb2_grpc
 from nanoinfer.v1.generation_pb2 import TokenIds
 from nanoinfer_common import errors, names, telemetry
-from nanoinfer_common.errors import ServiceError, Violation
+from nanoinfer_common.errors import ServiceError, StartError, Violation
 from nanoinfer_common.status import ServiceStatus
 from nanoinfer_common.validation import validate_messages
 
 from nanoinfer_tokenizer import checks
 from nanoinfer_tokenizer.chat import ChatRenderer, Message, RenderedChat
-from nanoinfer_tokenizer.encodings import Frame, UnknownTokenIdError, encode_with_special
+from nanoinfer_tokenizer.encodings import (
+    Frame,
+    TokenizerFileError,
+    UnknownTokenIdError,
+    encode_with_special,
+)
 from nanoinfer_tokenizer.served import Served, load_served
 from nanoinfer_tokenizer.settings import TokenizerSettings
 from nanoinfer_tokenizer.streaming import StreamDecoder
@@ -57,8 +62,12 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(self, server)
 
     async def start(self) -> None:
-        """Loads the tokenizer and its chat template. Raises `TokenizerFileError`."""
-        loaded = self._loaded = await asyncio.to_thread(load_served, self._settings)
+        """Loads the tokenizer and its chat template. Raises `StartError` where it cannot."""
+        try:
+            loaded = self._loaded = await asyncio.to_thread(load_served, self._settings)
+        except TokenizerFileError as error:
+            source = self._settings.tokenizer or self._settings.model
+            raise StartError(f"tokenizer of {source}: {error}") from error
         info = loaded.encoding.info
         log.info(
             "tokenizer", tokenizer=loaded.tokenizer.name, backend=info.backend, reason=info.reason

@@ -55,9 +55,10 @@ class TemplateProcesses:
         ).encode()
         # None stands for a worker that has to be started.
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        self._idle.put(_Worker(self._setup))
         for _ in range(limits.num_workers - 1):
             self._idle.put(None)
+        # On top: the first rendering finds a worker that is ready.
+        self._idle.put(_Worker(self._setup))
 
     def render(self, request: Mapping[str, Any]) -> str:
         """Renders in an idle worker. Raises `TemplateRefusedError` or `TemplateTimeoutError`."""

@@ -1,0 +1,52 @@
+"""What a service says where it cannot start: one clear line, no traceback, a code that is not 0."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import GUIDE
+
+
+def start(module: str, model: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, "--port", "0", "--metrics-port", "0", "--model", str(model)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("module", ["nanoinfer_engine", "nanoinfer_tokenizer"])
+def test_a_model_that_is_not_there(module: str, tmp_path: Path) -> None:
+    result = start(module, tmp_path / "nothing")
+    assert result.returncode == 1
+    assert "nothing" in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_truncated_checkpoint(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(GUIDE, tmp_path / "model", ignore=shutil.ignore_patterns("facts")))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    result = start("nanoinfer_engine", model)
+    assert result.returncode == 1
+    assert "model.safetensors" in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_damaged_tokenizer(tmp_path: Path) -> None:
+    document = json.loads((GUIDE / "tokenizer.json").read_text())
+    del document["model"]["merges"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    result = start("nanoinfer_tokenizer", tmp_path)
+    assert result.returncode == 1
+    assert f"tokenizer of {tmp_path}" in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout
