@@ -1,7 +1,7 @@
 """What runs in one step: the immutable value that goes down from scheduler to runner.
 
-Plain data, no torch. `Batch` goes down, one `SampledToken` (or an exception) per sampling row comes
-up. Nobody fills in another's fields. `Runner` is all that the engine knows of who runs it.
+Plain data, no torch. `Batch` goes down, one `RowResult` a row comes up. Nobody fills in another's
+fields. `Runner` is all that the engine knows of who runs it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nanoinfer_engine.config import ModelConfig
-from nanoinfer_engine.request import SampledToken, SamplingOptions
+from nanoinfer_engine.request import SampledToken, SamplingOptions, TokenCounts
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class BatchRow:
     `block_ids` covers every position up to the end of this share, in order. With `samples` the
     logits of the last token are sampled; `masked_token_ids` may then not be chosen.
     The sampled token's position is start + len(token_ids): the position of its random number.
+    `token_counts` is the request's own, read and not changed here; a row with penalties has it.
+    `scored_token_ids` are the prompt ids that follow the first of `token_ids`, one each: the
+    log-probabilities of those are asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -28,6 +31,8 @@ class BatchRow:
     samples: bool
     sampling: SamplingOptions
     masked_token_ids: frozenset[int] = frozenset()
+    token_counts: TokenCounts | None = None
+    scored_token_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -52,7 +57,18 @@ class Batch:
         return sum(row.num_tokens for row in self.rows)
 
 
-RowResult = SampledToken | Exception | None
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """What a row with `scored_token_ids` gives: those ids with their log-probabilities.
+
+    `sampled` is what the row would have given without them.
+    """
+
+    tokens: tuple[SampledToken, ...]
+    sampled: SampledToken | None
+
+
+RowResult = SampledToken | ScoredPrompt | Exception | None
 """What `execute` returns per row: a token, why this row alone failed, or None (row not sampled)."""
 
 

@@ -8,6 +8,8 @@ none of it and receives immutable `RequestOutput` values instead.
 from __future__ import annotations
 
 import enum
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 MAX_EVENTS = 16
@@ -27,9 +29,11 @@ class FinishReason(enum.Enum):
 class SamplingOptions:
     """How the next token is chosen; every value resolved, none unset.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. The random number of a
-    token depends on `seed` and its position alone, never on the batch it runs in.
-    `num_logprobs` None means no log-probabilities, 0 the sampled token's only.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off, and so are a repetition
+    penalty of 1 and the other penalties of 0. The random number of a token depends on `seed` and
+    its position alone, never on the batch it runs in. `allowed_token_ids` None allows all.
+    `num_logprobs` None means no log-probabilities, 0 the sampled token's only; the same for those
+    of the prompt. `logprob_token_ids` are reported wherever log-probabilities are.
     """
 
     temperature: float
@@ -38,6 +42,18 @@ class SamplingOptions:
     min_p: float
     seed: int
     num_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: array[int] | None = None
+    num_prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the choice depends on the ids so far."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -71,11 +87,37 @@ class Logprob:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A chosen id; `logprob` and `top` only where the row asked for log-probabilities."""
+    """A chosen id, or one of the prompt; `logprob` and `top` only where they were asked for.
+
+    `top` are the likeliest ids, then those of `logprob_token_ids` that are not among them.
+    """
 
     token_id: int
     logprob: Logprob | None = None
     top: tuple[Logprob, ...] = ()
+
+
+class TokenCounts:
+    """The distinct ids of a request so far: what penalties need, brought up to date per token.
+
+    `token_ids` are in the order of their first occurrence; `counts` says how often each occurred in
+    the completion, 0 for an id of the prompt alone. Both are int64 and no longer than the
+    vocabulary, however long the request.
+    """
+
+    def __init__(self, prompt_token_ids: Iterable[int]) -> None:
+        """Count nothing yet: the prompt's ids have occurred 0 times in the completion."""
+        self.token_ids = array("q", dict.fromkeys(prompt_token_ids))
+        self.counts = array("q", bytes(self.token_ids.itemsize * len(self.token_ids)))
+        self._positions = {token_id: i for i, token_id in enumerate(self.token_ids)}
+
+    def add(self, token_id: int) -> None:
+        """Count one more completion token."""
+        position = self._positions.setdefault(token_id, len(self.token_ids))
+        if position == len(self.token_ids):
+            self.token_ids.append(token_id)
+            self.counts.append(0)
+        self.counts[position] += 1
 
 
 @dataclass(frozen=True)
@@ -121,6 +163,8 @@ class Request:
     `num_computed_tokens` counts the tokens (prompt, then completion) whose K and V are in
     `block_ids`; preemption sets it back to 0. `deadline` is in monotonic nanoseconds. `events` are
     names (preempted, resumed) with monotonic nanoseconds, the first MAX_EVENTS of them.
+    `token_counts` is there where penalties are; `prompt_logprobs` has one entry for each prompt
+    token but the first, as far as they are computed, where they are asked for.
     Invariant: 0 <= num_computed_tokens <= num_tokens.
     """
 
@@ -145,6 +189,18 @@ class Request:
     num_steps: int = 0
     max_blocks: int = 0
     events: list[tuple[str, int]] = field(default_factory=list)
+    token_counts: TokenCounts | None = None
+    prompt_logprobs: list[SampledToken] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Begin to count where penalties need it."""
+        if self.sampling.has_penalties:
+            self.token_counts = TokenCounts(self.prompt_token_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether every position of the prompt must be computed, none taken from a cache."""
+        return self.sampling.num_prompt_logprobs is not None
 
     @property
     def num_tokens(self) -> int:
@@ -155,6 +211,18 @@ class Request:
     def num_pending_tokens(self) -> int:
         """Known tokens that are not computed yet; 1 while decoding."""
         return self.num_tokens - self.num_computed_tokens
+
+    def append(self, token_id: int) -> None:
+        """Add a completion token."""
+        self.completion_token_ids.append(token_id)
+        if self.token_counts is not None:
+            self.token_counts.add(token_id)
+
+    def scored_token_ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Prompt ids that positions [start, stop) predict, if those are still to be reported."""
+        if not self.scores_prompt or self.completion_token_ids:
+            return ()
+        return self.prompt_token_ids[start + 1 : stop + 1]
 
     def add_event(self, name: str, time: int) -> None:
         """Remember an event for the trace; beyond MAX_EVENTS it is dropped (the counts remain)."""
@@ -175,9 +243,10 @@ class Request:
 class RequestOutput:
     """What one step gave one request; immutable, crosses from the engine thread to the event loop.
 
-    `tokens` holds what the client may see (a stop id only where asked for). `finish_reason` is set
-    on the last output; then `stop_token_id` says which id ended it, if one did, and `error` why it
-    failed, where the reason is ERROR.
+    `tokens` holds what the client may see (a stop id only where asked for). `prompt_logprobs` come
+    with the first token, where they are asked for. `finish_reason` is set on the last output; then
+    `stop_token_id` says which id ended it, if one did, and `error` why it failed, where the reason
+    is ERROR.
     """
 
     request: Request
@@ -185,3 +254,4 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: Exception | None = None
+    prompt_logprobs: tuple[SampledToken, ...] = ()

@@ -14,9 +14,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult
+from nanoinfer_engine.batch import Batch, BatchRow, RowResult, ScoredPrompt
 from nanoinfer_engine.blocks import BlockPool
 from nanoinfer_engine.capacity import Capacity, Load
 from nanoinfer_engine.config import EngineConfig
@@ -135,10 +135,17 @@ class Scheduler:
             if request not in self._running:
                 continue
             request.num_computed_tokens += row.num_tokens
+            if isinstance(result, ScoredPrompt):
+                request.prompt_logprobs[row.start :] = result.tokens
+                result = result.sampled
             if isinstance(result, Exception):
                 outputs.append(self._end(request, FinishReason.ERROR, error=result))
             elif isinstance(result, SampledToken):
-                outputs.append(self._append(request, result, now))
+                is_first = not request.completion_token_ids
+                output = self._append(request, result, now)
+                if is_first and request.prompt_logprobs:
+                    output = replace(output, prompt_logprobs=tuple(request.prompt_logprobs))
+                outputs.append(output)
         self._in_flight = ()
         return outputs
 
@@ -202,6 +209,8 @@ class Scheduler:
             samples=stop == request.num_tokens,
             sampling=request.sampling,
             masked_token_ids=request.stopping.masked_token_ids(len(request.completion_token_ids)),
+            token_counts=request.token_counts,
+            scored_token_ids=request.scored_token_ids(start, stop),
         )
 
     def _append(self, request: Request, sampled: SampledToken, now: int) -> RequestOutput:
@@ -212,7 +221,7 @@ class Scheduler:
         if times.last_token is not None:
             times.token_gap = now - times.last_token
         times.last_token = now
-        request.completion_token_ids.append(sampled.token_id)
+        request.append(sampled.token_id)
         is_stop_id = sampled.token_id in stopping.stop_token_ids
         if is_stop_id or sampled.token_id in stopping.eos_token_ids:
             visible = (sampled,) if is_stop_id and stopping.include_stop_token else ()
