@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult
+from nanoinfer_engine.batch import Batch, BatchRow, RowResult, Step
 from nanoinfer_engine.config import EngineConfig, ModelConfig, RopeConfig
 from nanoinfer_engine.request import (
     Logprob,
@@ -100,6 +100,11 @@ class FakeRunner:
 
     def warm_up(self) -> float:
         return 0.0
+
+    runs_ahead = False
+
+    def launch(self, batch: Batch) -> Step:
+        raise AssertionError("a runner that does not run ahead is executed")
 
     def execute(self, batch: Batch) -> list[RowResult]:
         self.batches.append(batch)

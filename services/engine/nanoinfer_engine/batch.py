@@ -23,6 +23,8 @@ class BatchRow:
     `token_counts` is the request's own, read and not changed here; a row with penalties has it.
     `scored_token_ids` are the prompt ids that follow the first of `token_ids`, one each: the
     log-probabilities of those are asked for.
+    With `source_row` one more token follows `token_ids`: the one that this row of the previous
+    batch samples, whose id nobody here knows yet.
     """
 
     token_ids: tuple[int, ...]
@@ -33,16 +35,22 @@ class BatchRow:
     masked_token_ids: frozenset[int] = frozenset()
     token_counts: TokenCounts | None = None
     scored_token_ids: tuple[int, ...] = ()
+    source_row: int | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed for this row in this step."""
-        return len(self.token_ids)
+        return len(self.token_ids) + (self.source_row is not None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a device can sample the row by itself, and go on before the host knows the id."""
+        return self.sampling.is_plain and not self.masked_token_ids and not self.scored_token_ids
 
     @property
     def context_length(self) -> int:
         """Tokens whose K and V the row's last token may see, itself included."""
-        return self.start + len(self.token_ids)
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,13 @@ RowResult = SampledToken | ScoredPrompt | Exception | None
 """What `execute` returns per row: a token, why this row alone failed, or None (row not sampled)."""
 
 
+class Step(Protocol):
+    """A launched step."""
+
+    def results(self) -> list[RowResult]:
+        """Wait for the step; one result per row. What it raises concerns the whole batch."""
+
+
 class Runner(Protocol):
     """What the engine needs of a model runner; `ModelRunner` is one, tests bring others."""
 
@@ -88,6 +103,13 @@ class Runner(Protocol):
 
     def execute(self, batch: Batch) -> list[RowResult]:
         """Run one step; what it raises concerns the whole batch."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `launch` returns before the step has run, so that the next can be planned."""
+
+    def launch(self, batch: Batch) -> Step:
+        """Begin one step; what it raises concerns the whole batch."""
 
     def warm_up(self) -> float:
         """Run made-up steps before serving; returns the seconds they took."""

@@ -15,7 +15,9 @@ class CheckpointError(Exception):
 class EngineConfig:
     """What the engine's core needs to know; built once by the entry point.
 
-    `kv_cache_bytes` is the memory budget from which the number of blocks follows. `block_size` is
+    `kv_cache_bytes` is the memory budget from which the number of blocks follows; None, on a CUDA
+    device alone, takes what a trial of the largest step leaves of `device_memory_share`, the share
+    of the device's memory that the engine may use. `block_size` is
     in tokens. `max_batch_tokens` and `max_batch_requests` bound one step, `max_waiting_requests`
     and `max_waiting_tokens` (prompt tokens) the queue. `max_model_len` None means what the model
     allows.
@@ -25,7 +27,8 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str = "float32"
     num_threads: int | None = None
-    kv_cache_bytes: int = 256 * 1024 * 1024
+    kv_cache_bytes: int | None = 256 * 1024 * 1024
+    device_memory_share: float = 0.9
     block_size: int = 16
     max_model_len: int | None = None
     max_batch_tokens: int = 512

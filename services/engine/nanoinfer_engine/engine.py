@@ -32,6 +32,7 @@ from nanoinfer_engine.errors import (
     QueueFullError,
     is_device_error,
 )
+from nanoinfer_engine.pipeline import Pipeline
 from nanoinfer_engine.request import Request, RequestOutput
 from nanoinfer_engine.scheduler import Scheduler
 from nanoinfer_engine.statistics import Snapshot, Statistics
@@ -170,24 +171,25 @@ class Engine:
         if early := self._take_inbox() + self._scheduler.expire():
             self._publish(early)
         batch = self._scheduler.schedule()
-        if batch is None:
-            return
-        self._publish_load()
-        started = time.monotonic_ns()
+        if batch is not None:
+            self._publish_load()
         try:
-            results = self._runner.execute(batch)
+            step = self._pipeline.advance(batch)
         except Exception as error:
             self._lose_step(error)
             return
+        if step is None:
+            return
         # A cancel that arrived during the step is served before the step's outputs.
         outputs = self._take_inbox()
-        outputs += self._scheduler.update(batch, results)
-        self._statistics.record_step(batch, started, time.monotonic_ns())
+        outputs += self._scheduler.update(step.batch, step.results)
+        self._statistics.record_step(step.batch, step.started, step.ended)
         self._publish(outputs)
 
     def _main(self, ready: asyncio.Future[Runner]) -> None:
         try:
             self._runner = self._load_runner()
+            self._pipeline = Pipeline(self._runner)
             seconds = self._runner.warm_up()
             kv_tokens = self._runner.num_blocks * self._runner.block_size
             self.capacity = Capacity(self._runner.max_model_len, kv_tokens)
@@ -213,6 +215,8 @@ class Engine:
         """Sleep until there is work; False when the thread shall end."""
         with self._condition:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
+                if self._pipeline.is_busy:
+                    break
                 self._condition.wait()
             return not self._stopping
 

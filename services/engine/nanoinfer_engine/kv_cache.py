@@ -54,6 +54,10 @@ class KVCache:
         self._layers = [(layer[0], layer[1]) for layer in self._storage]
         self._flat_layers = [(layer[0], layer[1]) for layer in self._slots]
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer themselves, [blocks, block_size, kv heads, head dim]."""
+        return self._layers[layer]
+
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [tokens, kv heads, head dim] at `slots` [tokens]."""
         flat_keys, flat_values = self._flat_layers[layer]
@@ -72,3 +76,8 @@ class KVCache:
         number, but not a NaN or infinity that an earlier owner left behind.
         """
         self._planes.index_fill_(1, blocks, 0)
+
+    def clear_slots(self, slots: Tensor) -> None:
+        """The same for single slots."""
+        slots = slots.to(self.device)
+        self._slots.view(-1, *self._slots.shape[2:]).index_fill_(1, slots, 0)

@@ -11,6 +11,7 @@ import enum
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 MAX_EVENTS = 16
 
@@ -49,6 +50,13 @@ class SamplingOptions:
     allowed_token_ids: array[int] | None = None
     num_prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether nothing but temperature, top-k, top-p, min-p and the seed has a say."""
+        return self == SamplingOptions(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.seed
+        )
 
     @property
     def has_penalties(self) -> bool:
@@ -161,7 +169,9 @@ class Request:
     """One completion on its way through the engine.
 
     `num_computed_tokens` counts the tokens (prompt, then completion) whose K and V are in
-    `block_ids`; preemption sets it back to 0. `deadline` is in monotonic nanoseconds. `events` are
+    `block_ids`; preemption sets it back to 0. `num_in_flight_tokens` more are being computed by
+    steps that have not ended, and `num_unread_tokens` ids are sampled there that nobody knows yet.
+    `may_run_ahead` says whether a step may be planned on such an id. `deadline` is in monotonic nanoseconds. `events` are
     names (preempted, resumed) with monotonic nanoseconds, the first MAX_EVENTS of them.
     `token_counts` is there where penalties are; `prompt_logprobs` has one entry for each prompt
     token but the first, as far as they are computed, where they are asked for.
@@ -181,6 +191,9 @@ class Request:
     arrival_number: int = 0
     completion_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    num_unread_tokens: int = 0
+    may_run_ahead: bool = True
     block_ids: list[int] = field(default_factory=list)
     num_preemptions: int = 0
     num_prefill_chunks: int = 0
@@ -208,9 +221,23 @@ class Request:
         return len(self.prompt_token_ids) + len(self.completion_token_ids)
 
     @property
+    def num_granted_tokens(self) -> int:
+        """Tokens computed, or being computed."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
     def num_pending_tokens(self) -> int:
-        """Known tokens that are not computed yet; 1 while decoding."""
-        return self.num_tokens - self.num_computed_tokens
+        """Tokens that are sampled, known or not, and granted to no step yet; 1 while decoding."""
+        return self.num_tokens + self.num_unread_tokens - self.num_granted_tokens
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the next step can be planned without an id that is still to be read."""
+        if not self.num_unread_tokens:
+            return True
+        num_completion_tokens = len(self.completion_token_ids) + self.num_unread_tokens
+        return self.may_run_ahead and num_completion_tokens < self.stopping.max_tokens
+
 
     def append(self, token_id: int) -> None:
         """Add a completion token."""

@@ -7,19 +7,24 @@ block ownership. Not thread-safe: one thread calls it.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult
-from nanoinfer_engine.checkpoints import open_checkpoint
+from nanoinfer_engine.batch import Batch, BatchRow, RowResult, Step
+from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
 from nanoinfer_engine.config import EngineConfig, ModelConfig
-from nanoinfer_engine.inputs import build_inputs
+from nanoinfer_engine.inputs import build_inputs, tail_slots
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for
 from nanoinfer_engine.models import build_model, checkpoint_layout
-from nanoinfer_engine.request import SamplingOptions
+from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.sampler import sample
 from nanoinfer_engine.weights import Progress, load_weights
+
+if TYPE_CHECKING:
+    from nanoinfer_engine.device_steps import DeviceSteps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_BACKEND = "reference"
@@ -29,11 +34,27 @@ def report_nothing(loaded: int, total: int) -> None:
     """The progress callback of a caller that does not watch."""
 
 
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step that had run by the time `launch` returned."""
+
+    row_results: list[RowResult]
+
+    def results(self) -> list[RowResult]:
+        """One result per row."""
+        return self.row_results
+
+
 class ModelRunner:
     """Runs one model on one device."""
 
-    def __init__(self, config: EngineConfig, progress: Progress = report_nothing) -> None:
-        """Load the weights and allocate the KV cache.
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Progress = report_nothing,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Load the weights (of `checkpoint`, where one is given) and allocate the KV cache.
 
         Raises CheckpointError for a checkpoint that cannot be served and ValueError for a
         configuration that contradicts it or itself.
@@ -42,38 +63,101 @@ class ModelRunner:
             torch.set_num_threads(config.num_threads)
         self._config = config
         dtype, device = _dtype(config.dtype), torch.device(config.device)
-        checkpoint = open_checkpoint(config.model_path)
+        checkpoint = checkpoint or open_checkpoint(config.model_path)
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
         self.block_size: int = config.block_size
-        self.num_blocks: int = _num_blocks(config, checkpoint.config, dtype)
         self._model = build_model(checkpoint.config, self.max_model_len, dtype, device)
         self.num_parameters: int = sum(each.numel() for each in self._model.parameters())
         layout = checkpoint_layout(checkpoint.config)
         self.weights_fingerprint: str = load_weights(
             self._model, checkpoint, layout, device, progress
         )
-        self._device = device
-        self._cache = KVCache(checkpoint.config, self.num_blocks, config.block_size, dtype, device)
-        self._backend = make_backend(
-            ATTENTION_BACKEND, self._cache, checkpoint.config.sliding_windows
+        self._device, self._dtype = device, dtype
+        self._last: Step = FinishedStep([])
+        self.num_blocks: int = self._num_blocks()
+        self._use(self._make_cache(self.num_blocks))
+
+    def _num_blocks(self) -> int:
+        """From the configuration, or from what the device has left."""
+        config = self._config
+        if config.block_size < 1:
+            raise ValueError(f"block_size {config.block_size} is less than 1")
+        if config.kv_cache_bytes is not None:
+            return num_blocks_for(
+                config.kv_cache_bytes, self.model_config, config.block_size, self._dtype
+            )
+        if self._device.type != "cuda":
+            raise ValueError("kv_cache_bytes is needed on a device other than CUDA")
+        from nanoinfer_engine.device import fitting_blocks  # needs Triton
+
+        def run_largest(cache: KVCache) -> None:
+            self.num_blocks = cache.num_blocks
+            self._use(cache)
+            self._run_largest()
+            self._steps = self._cache = self._backend = None  # type: ignore[assignment]
+
+        return fitting_blocks(config, self.model_config, self._make_cache, run_largest)
+
+    def _make_cache(self, num_blocks: int) -> KVCache:
+        return KVCache(
+            self.model_config, num_blocks, self.block_size, self._dtype, self._device
         )
+
+    def _use(self, cache: KVCache) -> None:
+        """Attend over `cache` from now on."""
+        self._cache = cache
+        windows = self.model_config.sliding_windows
+        self._backend = make_backend(ATTENTION_BACKEND, cache, windows)
+        self._steps: DeviceSteps | None = None
+        if self._device.type == "cuda":
+            from nanoinfer_engine.device import open_device  # needs Triton
+
+            self._steps = open_device(
+                self._model, self._config, self.model_config, self.max_model_len, cache
+            )
 
     @property
     def vocab_size(self) -> int:
         """Ids the model accepts and produces: 0 … vocab_size - 1."""
         return self.model_config.vocab_size
 
-    @torch.inference_mode()
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `launch` returns before a step of plain rows has run."""
+        return self._steps is not None
+
     def execute(self, batch: Batch) -> list[RowResult]:
         """Compute every row's tokens, sample where asked; results in row order.
 
         A row that cannot be sampled yields its exception. An exception raised here concerns the
         whole batch: the contents of its blocks are then undefined.
         """
+        return self.launch(batch).results()
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Step:
+        """Begin a step; one that the device cannot sample by itself is run to its end here."""
+        self._last = self._launch(batch)
+        return self._last
+
+    def _launch(self, batch: Batch) -> Step:
+        if self._steps is None:
+            return FinishedStep(self._run(batch))
+        if not all(row.is_plain for row in batch.rows):
+            return FinishedStep(self._run(_with_known_ids(batch, self._last)))
+        places = getattr(self._last, "places", None)
+        if places is None:
+            return self._steps.launch(_with_known_ids(batch, self._last), {})
+        return self._steps.launch(batch, places)
+
+    def _run(self, batch: Batch) -> list[RowResult]:
+        """The plain path, on any device: the model as it is written, sampling on the host."""
         inputs = build_inputs(batch, self.block_size, self._device)
         if len(inputs.new_blocks):
             self._cache.clear(inputs.new_blocks)
+        if self._steps is not None:
+            self._cache.clear_slots(tail_slots(batch, self.block_size))
         plan = self._backend.plan(inputs.attention)
         hidden = self._model(inputs.token_ids, inputs.positions, self._backend, plan)
         sampling_rows = [row for row in batch.rows if row.samples]
@@ -83,19 +167,26 @@ class ModelRunner:
         sampled = iter(sample(logits, sampling_rows))
         return [next(sampled) if row.samples else None for row in batch.rows]
 
+    @torch.inference_mode()
     def warm_up(self) -> float:
         """Run the largest prefill and decode steps once on made-up tokens; seconds it took.
 
+        On a CUDA device, choose kernels and capture graphs before.
         For the time before serving: it overwrites blocks that nobody may own yet.
         """
         began = time.perf_counter()
+        if self._steps is not None:
+            self._steps.prepare()
+        self._run_largest()
+        return time.perf_counter() - began
+
+    def _run_largest(self) -> None:
         capacity = min(self.max_model_len, self.num_blocks * self.block_size)
         length = min(capacity - 1, self._config.max_batch_tokens)
         if length >= 1:
             self.execute(Batch((self._made_up_row(0, length),)))
         decoding = min(self._config.max_batch_requests, self.num_blocks)
         self.execute(Batch(tuple(self._made_up_row(block, 1) for block in range(decoding))))
-        return time.perf_counter() - began
 
     def _made_up_row(self, first_block: int, length: int) -> BatchRow:
         num_blocks = -(-length // self.block_size)
@@ -110,10 +201,23 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    if config.block_size < 1:
-        raise ValueError(f"block_size {config.block_size} is less than 1")
-    return num_blocks_for(config.kv_cache_bytes, model, config.block_size, dtype)
+def _with_known_ids(batch: Batch, last: Step) -> Batch:
+    """`batch` with the ids in it that `last` has sampled; waits for `last`.
+
+    A row whose source failed gets id 0: its request ends before anybody sees what comes of it.
+    """
+    if all(row.source_row is None for row in batch.rows):
+        return batch
+    results = last.results()
+
+    def known(row: BatchRow) -> BatchRow:
+        if row.source_row is None:
+            return row
+        result = results[row.source_row]
+        token_id = result.token_id if isinstance(result, SampledToken) else 0
+        return replace(row, token_ids=(*row.token_ids, token_id), source_row=None)
+
+    return Batch(tuple(known(row) for row in batch.rows))
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -62,7 +63,8 @@ class Scheduler:
         self._waiting: list[Request] = []  # in order
         self._waiting_prompt_tokens = 0
         self._running: dict[Request, None] = {}  # a set that keeps its order
-        self._in_flight: tuple[Request, ...] = ()  # the requests behind the rows of the last batch
+        # the requests behind the rows of each batch that is not updated yet, the oldest first
+        self._in_flight: deque[tuple[Request, ...]] = deque()
         self._num_arrived = 0
 
     @property
@@ -94,6 +96,9 @@ class Scheduler:
 
     def fail_running(self, error: Exception) -> list[RequestOutput]:
         """End everything that has been granted tokens, because a step failed as a whole."""
+        self._in_flight.clear()
+        for request in self._waiting:
+            request.num_unread_tokens = 0  # preempted since: the token will be sampled again
         return [self._end(r, FinishReason.ERROR, error=error) for r in tuple(self._running)]
 
     def expire(self) -> list[RequestOutput]:
@@ -111,30 +116,43 @@ class Scheduler:
 
         Running requests come first, decodes before prefills, so that streams keep flowing; what is
         left of the budget admits from the queue, unless somebody had to give blocks up just now.
+        May be called again before `update`, once: rows then continue from ids not yet known.
         """
         plan = _Plan(self._config.max_batch_tokens)
         if not self._grant_running(plan):
             self._admit_waiting(plan)
         if not plan.grants:
             return None
-        self._in_flight = tuple(plan.grants)
-        for request in self._in_flight:
+        last = self._in_flight[-1] if self._in_flight else ()
+        places = {request: row for row, request in enumerate(last)}
+        rows = tuple(self._row(r, n, places.get(r)) for r, n in plan.grants.items())
+        self._in_flight.append(tuple(plan.grants))
+        for request, row in zip(plan.grants, rows, strict=True):
+            request.num_in_flight_tokens += row.num_tokens
+            request.num_unread_tokens += row.samples
+            request.may_run_ahead = row.is_plain
             request.num_steps += 1
             request.num_prefill_chunks += request.times.first_token is None
             request.max_batch_size = max(request.max_batch_size, len(plan.grants))
-        return Batch(tuple(self._row(r, n) for r, n in plan.grants.items()))
+        return Batch(rows)
 
     def update(self, batch: Batch, results: Sequence[RowResult]) -> list[RequestOutput]:
         """Take a step's results: append, detect the end, free. A row that failed ends alone.
 
-        Rows whose request was cancelled since `schedule` are skipped.
+        Steps are updated in the order of their schedule. Rows whose request has ended since are
+        skipped; one that was preempted since gets its token all the same.
         """
         now = self._clock()
         outputs = []
-        for request, row, result in zip(self._in_flight, batch.rows, results, strict=True):
-            if request not in self._running:
+        for request, row, result in zip(
+            self._in_flight.popleft(), batch.rows, results, strict=True
+        ):
+            if request.times.finished is not None:
                 continue
-            request.num_computed_tokens += row.num_tokens
+            request.num_unread_tokens -= row.samples
+            if request in self._running:
+                request.num_in_flight_tokens -= row.num_tokens
+                request.num_computed_tokens += row.num_tokens
             if isinstance(result, ScoredPrompt):
                 request.prompt_logprobs[row.start :] = result.tokens
                 result = result.sampled
@@ -146,17 +164,16 @@ class Scheduler:
                 if is_first and request.prompt_logprobs:
                     output = replace(output, prompt_logprobs=tuple(request.prompt_logprobs))
                 outputs.append(output)
-        self._in_flight = ()
         return outputs
 
     def _grant_running(self, plan: _Plan) -> bool:
         """Grant what is pending in running requests; returns whether one was preempted."""
         num_running = len(self._running)
         for request in sorted(self._running, key=lambda r: (r.num_pending_tokens > 1, *_order(r))):
-            if request not in self._running or plan.budget == 0:
+            if request not in self._running or plan.budget == 0 or not request.can_go_on:
                 continue
             num_tokens = min(request.num_pending_tokens, plan.budget)
-            if self._reserve(request, request.num_computed_tokens + num_tokens, plan):
+            if self._reserve(request, request.num_granted_tokens + num_tokens, plan):
                 plan.grant(request, num_tokens)
         return len(self._running) < num_running
 
@@ -199,16 +216,20 @@ class Scheduler:
                 request.add_event("resumed", now)
             plan.grant(request, min(request.num_pending_tokens, plan.budget))
 
-    def _row(self, request: Request, num_tokens: int) -> BatchRow:
-        start = request.num_computed_tokens
+    def _row(self, request: Request, num_tokens: int, last_row: int | None) -> BatchRow:
+        """`last_row` is the request's in the step before, if that is still in flight."""
+        start = request.num_granted_tokens
         stop = start + num_tokens
         return BatchRow(
             token_ids=request.tokens(start, stop),
             start=start,
             block_ids=tuple(request.block_ids[: self._num_blocks(stop)]),
-            samples=stop == request.num_tokens,
+            samples=stop == request.num_tokens + request.num_unread_tokens,
             sampling=request.sampling,
-            masked_token_ids=request.stopping.masked_token_ids(len(request.completion_token_ids)),
+            masked_token_ids=request.stopping.masked_token_ids(
+                len(request.completion_token_ids) + request.num_unread_tokens
+            ),
+            source_row=last_row if stop > request.num_tokens else None,
             token_counts=request.token_counts,
             scored_token_ids=request.scored_token_ids(start, stop),
         )
@@ -252,7 +273,7 @@ class Scheduler:
         """Take a request's blocks; its arrival puts it back at the head of its class."""
         del self._running[request]
         self._release(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_in_flight_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         request.add_event("preempted", self._clock())

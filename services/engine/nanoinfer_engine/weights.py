@@ -177,5 +177,5 @@ def _digest(tensor: Tensor) -> str:
     starts = (0, middle, max(flat.numel() - count, 0))
     sha = hashlib.sha256()
     for start in starts:
-        sha.update(flat[start : start + count].view(torch.uint8).numpy().tobytes())
+        sha.update(flat[start : start + count].view(torch.uint8).cpu().numpy().tobytes())
     return f"{tensor.dtype} {tuple(tensor.shape)} {sha.hexdigest()}"

@@ -1,0 +1,184 @@
+"""Measures the engine's core on one GPU: scenarios a to d of docs/performance.md, random weights.
+
+    python benchmarks/engine.py --shape 0.6b --scenarios a c8 c32 c64 c128 c256 b d --out FILE
+
+Scheduler, pipeline and runner as the service runs them, without gRPC. a and c are decode rates,
+b·(n-1)/(t-t1), with t1 from a run of one output token; b is output tokens over wall time, d prompt
+tokens over wall time. Prints one JSON line per scenario, the median of `--repeats` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from nanoinfer_engine.capacity import Capacity
+from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.pipeline import Pipeline
+from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.scheduler import Scheduler
+from random_weights import SHAPES, RandomCheckpoint
+
+# tokens per second that the bytes of weights and cache, or the matrix units, allow on one H200
+LIMITS = {
+    "0.6b": {"a": 3540, "c8": 19600, "c32": 39500, "c64": 47500, "c128": 52800, "c256": 55000,
+             "b": 36700, "d": 650000},
+    "8b": {"a": 290, "c8": 2230, "c32": 7900, "c64": 13700, "c128": 21700, "c256": 26200,
+           "b": 13400, "d": 53600},
+}
+GREEDY = SamplingOptions(0.0, 0, 1.0, 0.0, 0)
+
+
+@dataclass
+class Run:
+    """Wall seconds, and host time between the steps."""
+
+    seconds: float
+    num_tokens: int
+    num_steps: int
+    host_seconds: float
+
+
+class Bench:
+    """One runner and the requests that are sent through it."""
+
+    def __init__(self, shape: str, config: EngineConfig, dtype: torch.dtype) -> None:
+        began = time.perf_counter()
+        self.config = config
+        self.vocab_size = SHAPES[shape].vocab_size
+        checkpoint = RandomCheckpoint(SHAPES[shape], config.device, dtype)
+        self.runner = ModelRunner(config, checkpoint=checkpoint)
+        self.load_seconds = time.perf_counter() - began
+        self.warm_up_seconds = self.runner.warm_up()
+        self.capacity = Capacity(
+            self.runner.max_model_len, self.runner.num_blocks * self.runner.block_size
+        )
+
+    def run(self, lengths: Sequence[tuple[int, int]], sampling: SamplingOptions, seed: int) -> Run:
+        """All requests at once, to their ends."""
+        source = random.Random(seed)
+        scheduler = Scheduler(self.config, self.capacity)
+        pipeline = Pipeline(self.runner)
+        for index, (num_prompt, num_output) in enumerate(lengths):
+            prompt = tuple(source.randrange(self.vocab_size) for _ in range(num_prompt))
+            stopping = StoppingOptions(num_output, 0, frozenset(), frozenset(), False)
+            scheduler.add(
+                Request(str(index), 0, prompt, sampling, stopping, RequestTimes(time.monotonic_ns()))
+            )
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        host, num_tokens, num_steps = 0.0, 0, 0
+        while scheduler.has_work or pipeline.is_busy:
+            before = time.perf_counter()
+            batch = scheduler.schedule()
+            host += time.perf_counter() - before
+            step = pipeline.advance(batch)
+            if step is not None:
+                before = time.perf_counter()
+                outputs = scheduler.update(step.batch, step.results)
+                host += time.perf_counter() - before
+                num_tokens += sum(len(output.tokens) for output in outputs)
+                num_steps += 1
+        expected = sum(num_output for _, num_output in lengths)
+        if num_tokens != expected:
+            raise RuntimeError(f"{num_tokens} tokens came, {expected} were asked for")
+        return Run(time.perf_counter() - began, num_tokens, num_steps, host)
+
+    def scenario(self, name: str) -> tuple[int, float, dict[str, float]]:
+        """Batch, tokens per second and what else is worth knowing, of one run."""
+        if name == "b":
+            source = random.Random(0)
+            lengths = [(source.randint(100, 1024), source.randint(100, 1024)) for _ in range(256)]
+            sampling = SamplingOptions(0.6, 0, 1.0, 0.0, 0)
+            run = self.run(lengths, sampling, 1)
+            details = {"host_ms_per_step": 1e3 * run.host_seconds / run.num_steps,
+                       "steps": run.num_steps}
+            return 256, run.num_tokens / run.seconds, details
+        if name == "d":
+            run = self.run([(2048, 1)] * 32, GREEDY, 1)
+            return 32, 32 * 2048 / run.seconds, {}
+        batch, num_prompt, num_output = (1, 128, 512) if name == "a" else (int(name[1:]), 512, 256)
+        first = self.run([(num_prompt, 1)] * batch, GREEDY, 1)
+        whole = self.run([(num_prompt, num_output)] * batch, GREEDY, 1)
+        seconds = whole.seconds - first.seconds
+        details = {"ms_per_step": 1e3 * seconds / (num_output - 1),
+                   "host_ms_per_step": 1e3 * whole.host_seconds / whole.num_steps}
+        return batch, batch * (num_output - 1) / seconds, details
+
+
+def commit() -> str:
+    """The commit that is measured; `+` where the tree differs from it."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=10", "--dirty=+"],  # noqa: S607
+            cwd=here, capture_output=True, text=True, check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """One line of results."""
+    bench.scenario(name)  # shapes that only this scenario has are compiled here
+    runs = [bench.scenario(name) for _ in range(arguments.repeats)]
+    batch, tok_s, details = sorted(runs, key=lambda run: run[1])[len(runs) // 2]
+    limit = LIMITS[arguments.shape][name]
+    return {
+        "scenario": name[0], "shape": arguments.shape, "batch": batch, "tok_s": round(tok_s, 1),
+        "fraction_of_limit": round(tok_s / limit, 3),
+        "spread": round(statistics.pstdev(run[1] for run in runs) / tok_s, 4),
+        "repeats": arguments.repeats, "dtype": arguments.dtype,
+        **{key: round(value, 4) for key, value in details.items()},
+        "commit": arguments.commit or commit(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
+    }
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--scenarios", nargs="+", default=list(LIMITS["8b"]))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where the tree is no git checkout")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and print; the exit code."""
+    arguments = parse(argv)
+    config = EngineConfig(
+        model_path=Path("random"), device="cuda", dtype=arguments.dtype, kv_cache_bytes=None,
+        max_model_len=8192, max_batch_tokens=arguments.max_batch_tokens, max_batch_requests=256,
+    )
+    dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16
+    bench = Bench(arguments.shape, config, dtype)
+    print(f"# load {bench.load_seconds:.1f} s, warm-up {bench.warm_up_seconds:.1f} s,"
+          f" {bench.capacity.kv_tokens} tokens of KV cache", flush=True)
+    for name in arguments.scenarios:
+        line = json.dumps(measure(bench, name, arguments))
+        print(line, flush=True)
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Checkpoints of random numbers, made on the device: speed without files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from nanoinfer_engine.config import ModelConfig, RopeConfig
+from nanoinfer_engine.models import build_model, checkpoint_layout
+from torch import Tensor
+
+
+class RandomCheckpoint:
+    """Every tensor that `config` needs, drawn anew at each read; norm gains are near 1."""
+
+    def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype) -> None:
+        self.config = config
+        self._device, self._dtype = device, dtype
+        model = build_model(config, 16, dtype, torch.device("cpu"))
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            f"{source.theirs}.{kind}": (source.rows or shape[0], *shape[1:])
+            for source in checkpoint_layout(config).sources
+            for kind in ("weight", "bias")
+            if (shape := shapes.get(f"{source.ours}.{kind}")) is not None
+        }
+
+    def read(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        values = torch.randn(shape, device=self._device, dtype=self._dtype)
+        if len(shape) == 1:
+            return values.mul_(0.05).add_(1)
+        return values.mul_(shape[-1] ** -0.5)
+
+
+def _decoder(model_type: str, **sizes: int | bool | float) -> ModelConfig:
+    num_layers = int(sizes["num_layers"])
+    rope = RopeConfig(theta=float(sizes.pop("theta")))
+    return ModelConfig(
+        model_type=model_type,
+        topology="decoder",
+        max_position_embeddings=8192,
+        norm_eps=1e-6,
+        activation="silu",
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        norm_bias=False,
+        sliding_windows=(None,) * num_layers,
+        rope=rope,
+        **sizes,  # type: ignore[arg-type]
+    )
+
+
+SHAPES = {
+    "0.6b": _decoder(
+        "qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_layers=28,
+        num_heads=16, num_kv_heads=8, head_dim=128, tie_word_embeddings=True, qk_norm=True,
+        theta=1e6,
+    ),
+    "8b": _decoder(
+        "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
+        num_heads=32, num_kv_heads=8, head_dim=128, tie_word_embeddings=False, qk_norm=False,
+        theta=5e5,
+    ),
+}
+"""Qwen3-0.6B and Llama-3.1-8B."""

@@ -1,0 +1,80 @@
+"""How a model comes to run on a CUDA device: whether kernels fit it, and how much cache fits beside.
+
+The one door to everything that needs Triton; the runner opens it on a CUDA device alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nanoinfer_engine.attention.paged import PagedAttention
+from nanoinfer_engine.config import EngineConfig, ModelConfig
+from nanoinfer_engine.device_steps import DeviceSteps
+from nanoinfer_engine.kernels.attention import DecodeWorkspace
+from nanoinfer_engine.kv_cache import KVCache, bytes_per_block
+from nanoinfer_engine.models import LanguageModel
+from nanoinfer_engine.models.decoder import Decoder
+from nanoinfer_engine.models.fused import FusedDecoder
+
+# what CUDA graphs, the libraries' workspaces and fragmentation may take besides
+_RESERVED_BYTES = 3 << 30
+
+
+def open_device(
+    model: LanguageModel,
+    config: EngineConfig,
+    model_config: ModelConfig,
+    max_model_len: int,
+    cache: KVCache,
+) -> DeviceSteps | None:
+    """Fused steps of `model` over `cache`; None for what only the plain path computes."""
+    if not isinstance(model, Decoder) or cache.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    workspace = DecodeWorkspace(
+        config.max_batch_requests,
+        model_config.num_heads,
+        model_config.num_kv_heads,
+        model_config.head_dim,
+        cache.device,
+    )
+    backend = PagedAttention(cache, model_config.sliding_windows, workspace)
+    return DeviceSteps(
+        FusedDecoder(model, model_config, backend),
+        model_config.vocab_size,
+        cache.block_size,
+        config.max_batch_requests,
+        -(-max_model_len // cache.block_size),
+        cache.device,
+    )
+
+
+def fitting_blocks(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    make_cache: Callable[[int], KVCache],
+    run_largest: Callable[[KVCache], None],
+) -> int:
+    """How many blocks the device's memory holds beside the largest step, found by running it.
+
+    Raises ValueError where not even that step's own blocks fit.
+    """
+    trial = -(-config.max_batch_tokens // config.block_size) + config.max_batch_requests
+    cache = make_cache(trial)
+    one = bytes_per_block(model_config, config.block_size, cache.dtype)
+    torch.cuda.reset_peak_memory_stats()
+    run_largest(cache)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - trial * one
+    del cache
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved()
+    left = int(config.device_memory_share * total) - outside - peak - _RESERVED_BYTES
+    if left < trial * one:
+        raise ValueError(
+            f"device_memory_share {config.device_memory_share} leaves {left} bytes for the KV"
+            f" cache, less than one step's {trial * one}"
+        )
+    return left // one

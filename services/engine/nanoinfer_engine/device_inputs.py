@@ -1,0 +1,210 @@
+"""`Batch` → the packed integers that one copy brings to the device.
+
+Decode rows come first, whatever their order in the batch; everything is int32, floats by their
+bits. Decode steps have a fixed layout in static memory, for CUDA graphs; mixed steps are laid out
+anew each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanoinfer_engine.attention.paged import PagedPlan, PromptPlan
+from nanoinfer_engine.batch import BatchRow
+from nanoinfer_engine.kernels.sampling import DeviceSampling
+from nanoinfer_engine.sampler import GREEDY_BELOW
+
+Ints = NDArray[np.int32]
+
+_ROW_FIELDS = 8  # token, source, context, then the five of `sampling_arrays`
+
+
+class DecodeBuffers:
+    """Static device memory that the decode graphs read: `max_rows` rows of `max_blocks` blocks."""
+
+    def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
+        """All rows are padding at first."""
+        self._max_rows = max_rows
+        size = _ROW_FIELDS * max_rows
+        self._staging = torch.zeros(size + max_rows * max_blocks, dtype=torch.int32, device=device)
+        fields = self._staging[:size].view(_ROW_FIELDS, max_rows)
+        self.token_ids, self.sources, self.contexts, self.top_k = fields[:4]
+        self._floats = fields[4:].view(torch.float32)
+        self.tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
+
+    def plan(self, num_rows: int) -> PagedPlan:
+        """The attention plan of the first `num_rows` rows."""
+        return PagedPlan(num_rows, self.tables[:num_rows], self.contexts[:num_rows], None)
+
+    def sampling(self, num_rows: int) -> DeviceSampling:
+        """How the first `num_rows` rows choose."""
+        temperature, top_p, min_p, uniform = (field[:num_rows] for field in self._floats)
+        return DeviceSampling(temperature, self.top_k[:num_rows], top_p, min_p, uniform)
+
+    def fill(self, rows: Sequence[BatchRow], places: Mapping[int, int], padded: int) -> None:
+        """Bring `rows` in, padded to `padded` rows; returns before the copy has happened."""
+        count, width = len(rows), max(len(row.block_ids) for row in rows)
+        size = _ROW_FIELDS * self._max_rows
+        packed = np.zeros(size + count * width, dtype=np.int32)
+        fields = packed[:size].view().reshape(_ROW_FIELDS, self._max_rows)
+        fields[0, :count] = [row.token_ids[-1] if row.token_ids else 0 for row in rows]
+        fields[1, :count] = sources(rows, places)
+        fields[1, count:padded] = -1
+        fields[2, :count] = [row.context_length for row in rows]
+        fields[3:, :count] = sampling_arrays(rows)
+        packed[size:] = block_tables(rows, width).reshape(-1)
+        on_host = torch.from_numpy(packed).pin_memory()
+        self._staging[: len(packed)].copy_(on_host, non_blocking=True)
+        tables = self._staging[size : len(packed)].view(count, width)
+        self.tables[:count, :width].copy_(tables)
+
+
+def sources(rows: Sequence[BatchRow], places: Mapping[int, int]) -> list[int]:
+    """Where each row's last token lies among the ids just sampled; -1 where the host knows it."""
+    return [-1 if row.source_row is None else places[row.source_row] for row in rows]
+
+
+def block_tables(rows: Sequence[BatchRow], width: int) -> Ints:
+    """[rows, width], padded with block 0, which is never read there."""
+    lengths = np.fromiter((len(row.block_ids) for row in rows), np.int64, len(rows))
+    blocks = chain.from_iterable(row.block_ids for row in rows)
+    tables = np.zeros((len(rows), width), dtype=np.int32)
+    tables[np.arange(width) < lengths[:, None]] = np.fromiter(blocks, np.int32, int(lengths.sum()))
+    return tables
+
+
+def sampling_arrays(rows: Sequence[BatchRow]) -> Ints:
+    """[5, rows]: top-k, and the bits of temperature, top-p, min-p and uniform number."""
+    options = [row.sampling for row in rows]
+    arrays = np.empty((5, len(rows)), dtype=np.int32)
+    arrays[0] = [each.top_k for each in options]
+    floats = arrays[1:].view(np.float32)
+    floats[0] = [each.temperature for each in options]
+    floats[0][floats[0] < GREEDY_BELOW] = 0
+    floats[1] = [each.top_p for each in options]
+    floats[2] = [each.min_p for each in options]
+    if floats[0].any():
+        seeds = np.array([each.seed & (2**64 - 1) for each in options], dtype=np.uint64)
+        floats[3] = uniforms(seeds, np.array([row.context_length for row in rows], dtype=np.uint64))
+    else:
+        floats[3] = 0
+    return arrays
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """`sampler.uniform` of each pair, rounded towards 0 so that it stays below 1."""
+    mixed = _splitmix64(_splitmix64(seeds) ^ positions)
+    return ((mixed >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+
+
+def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class MixedInputs:
+    """A step with prompts in it, on the device; `order` are the batch's rows as they stand here."""
+
+    order: tuple[int, ...]
+    token_ids: Tensor
+    sources: Tensor
+    plan: PagedPlan
+    sampled_rows: tuple[int, ...]  # rows of the batch, in the order of their logits
+    sampled_tokens: Tensor
+    sampling: DeviceSampling
+
+
+class _Packer:
+    """Collects arrays, copies them to the device at once and hands out views."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Ints] = []
+
+    def add(self, values: Sequence[int] | NDArray[np.int64] | Ints) -> int:
+        self._arrays.append(np.asarray(values, dtype=np.int32).reshape(-1))
+        return len(self._arrays) - 1
+
+    def upload(self, device: torch.device) -> list[Tensor]:
+        # every array starts at a multiple of 16 bytes, for kernels that load in vectors
+        padded = [np.pad(array, (0, -len(array) % 4)) for array in self._arrays]
+        on_host = torch.from_numpy(np.concatenate(padded))
+        if device.type == "cuda":
+            on_host = on_host.pin_memory()
+        parts = on_host.to(device, non_blocking=True).split([len(array) for array in padded])
+        return [part[: len(a)] for part, a in zip(parts, self._arrays, strict=True)]
+
+
+def mixed_inputs(rows: Sequence[BatchRow], places: Mapping[int, int], block_size: int,
+                 device: torch.device) -> MixedInputs:
+    """Lay out a step of any mix; `places` as in `sources`."""
+    order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens > 1)
+    ordered = [rows[index] for index in order]
+    decoding = [row for row in ordered if row.num_tokens == 1]
+    prompts = ordered[len(decoding) :]
+    packer = _Packer()
+    lengths = np.array([row.num_tokens for row in ordered])
+    ends = np.cumsum(lengths)
+    ids = chain.from_iterable(row.token_ids or (0,) for row in ordered)
+    token_ids = packer.add(np.fromiter(ids, np.int32, int(ends[-1])))
+    origin = np.full(ends[-1], -1)
+    origin[: len(decoding)] = sources(decoding, places)
+    source = packer.add(origin)
+    sampled = [i for i, row in enumerate(ordered) if row.samples]
+    sampled_tokens = packer.add(ends[sampled] - 1)
+    options = packer.add(sampling_arrays([ordered[i] for i in sampled]))
+    width = max((len(row.block_ids) for row in decoding), default=1)
+    tables = packer.add(block_tables(decoding, width))
+    contexts = packer.add([row.context_length for row in decoding])
+    prompt_arrays = [packer.add(each) for each in _prompt_arrays(prompts, block_size)]
+    parts = packer.upload(device)
+    plan = PagedPlan(len(decoding), parts[tables].view(len(decoding), width), parts[contexts],
+                     _prompt_plan(prompts, [parts[i] for i in prompt_arrays]))
+    top_k, floats = parts[options].view(5, -1)[0], parts[options].view(5, -1)[1:]
+    temperature, top_p, min_p, uniform = floats.view(torch.float32)
+    return MixedInputs(
+        tuple(order), parts[token_ids], parts[source], plan, tuple(order[i] for i in sampled),
+        parts[sampled_tokens], DeviceSampling(temperature, top_k, top_p, min_p, uniform),
+    )
+
+
+def _prompt_arrays(prompts: Sequence[BatchRow], block_size: int) -> list[NDArray[np.int64]]:
+    """Slots and positions of the tokens, query and key starts, and the slots of every context."""
+    slots, positions, context = [], [], []
+    has_past = any(row.start for row in prompts)
+    for row in prompts:
+        all_positions = np.arange(row.context_length)
+        blocks = np.asarray(row.block_ids, dtype=np.int64)
+        all_slots = blocks[all_positions // block_size] * block_size + all_positions % block_size
+        slots.append(all_slots[row.start :])
+        positions.append(all_positions[row.start :])
+        if has_past:
+            context.append(all_slots)
+    empty = [np.zeros(0, dtype=np.int64)]
+    starts = [
+        np.cumsum([0, *lengths])
+        for lengths in ([r.num_tokens for r in prompts], [r.context_length for r in prompts])
+    ]
+    return [np.concatenate(slots or empty), np.concatenate(positions or empty), *starts,
+            np.concatenate(context or empty)]
+
+
+def _prompt_plan(prompts: Sequence[BatchRow], parts: Sequence[Tensor]) -> PromptPlan | None:
+    if not prompts:
+        return None
+    lengths = {row.num_tokens for row in prompts}
+    return PromptPlan(
+        slots=parts[0], positions=parts[1], query_starts=parts[2], key_starts=parts[3],
+        max_queries=max(lengths), max_keys=max(row.context_length for row in prompts),
+        context_slots=parts[4] if len(parts[4]) else None,
+        equal_length=lengths.pop() if len(lengths) == 1 else None,
+    )

@@ -1,0 +1,184 @@
+"""Matrix products of a few rows: reading the weights once is all that counts.
+
+`gemv` is for one row and takes in what surrounds it in the decoder: RMSNorm before, SiLU · mul or
+the residual sum after. `few_rows` is for up to 64 rows: the weights stand as the left operand, so
+that the matrix units' long side is the output's. Both load their first weights before they wait
+for the previous kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoinfer_engine.kernels.launch import ceil_div, pdl_options
+
+
+@dataclass(frozen=True)
+class GemvShape:
+    """Rows of the weight per program, columns per pass, warps."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Tile of `few_rows`; `splits` programs share the columns of one output."""
+
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _dot_rows(tile, x):
+    return tl.sum(tile.to(tl.float32) * x[None, :], axis=1)
+
+
+@triton.jit
+def _gemv_kernel(x, weight, bias, gain, output, N, K, eps, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
+                 GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+                 PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
+    rows = weight + n.to(tl.int64)[:, None] * K
+    upper = rows + N.to(tl.int64) * K
+    mask = (n[:, None] < N) & (EVEN | (columns[None, :] < K))
+    tile = tl.load(rows + columns[None, :], mask=mask, other=0.0)
+    if GATED:
+        tile_up = tl.load(upper + columns[None, :], mask=mask, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    acc_up = tl.zeros([BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + columns
+        v = tl.load(x + k, mask=EVEN | (k < K), other=0.0).to(tl.float32)
+        if NORM:
+            squares += v * v
+            v = v * tl.load(gain + k, mask=EVEN | (k < K), other=0.0).to(tl.float32)
+        following = k + BLOCK_K
+        mask = (n[:, None] < N) & (following[None, :] < K)
+        next_tile = tl.load(rows + following[None, :], mask=mask, other=0.0)
+        acc += _dot_rows(tile, v)
+        tile = next_tile
+        if GATED:
+            next_up = tl.load(upper + following[None, :], mask=mask, other=0.0)
+            acc_up += _dot_rows(tile_up, v)
+            tile_up = next_up
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+        acc, acc_up = acc * scale, acc_up * scale
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        if GATED:
+            acc_up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+    if RESIDUAL:
+        acc += tl.load(output + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(output + n, acc.to(output.dtype.element_ty), mask=n < N)
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    shape: GemvShape,
+    *,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: bool = False,
+    pdl: bool = False,
+) -> Tensor:
+    """`output` [1, N] = weight [N, K] @ x [1, K], with what surrounds it.
+
+    With `gain`, x is normalised by RMSNorm first. With `gated`, weight is [2 * N, K] and the
+    result silu(first half) * second half. With `residual` the product is added to `output`.
+    """
+    num_outputs, columns = output.shape[1], weight.shape[1]
+    _gemv_kernel[(ceil_div(num_outputs, shape.block_n),)](
+        x, weight, x if bias is None else bias, x if gain is None else gain, output, num_outputs,
+        columns, eps, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
+        EVEN=columns % shape.block_k == 0, NORM=gain is not None, GATED=gated, RESIDUAL=residual,
+        BIAS=bias is not None, num_warps=shape.num_warps, **pdl_options(pdl),
+    )
+    return output
+
+
+@triton.jit
+def _few_rows_kernel(x, weight, bias, output, M, N, K, BLOCK_M: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                     GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    part = tl.program_id(1)
+    share = K // SPLITS
+    k = part * share + tl.arange(0, BLOCK_K)
+    rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    inside = n[:, None] < N
+    tile = tl.load(rows, mask=inside, other=0.0)
+    if GATED:
+        upper = rows + N.to(tl.int64) * K
+        tile_up = tl.load(upper, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    inputs = x + m[None, :] * K + k[:, None]
+    real = m[None, :] < M
+    v = tl.load(inputs, mask=real, other=0.0)
+    acc = tl.dot(tile, v)
+    if GATED:
+        acc_up = tl.dot(tile_up, v)
+    for start in range(BLOCK_K, share, BLOCK_K):
+        v = tl.load(inputs + start, mask=real, other=0.0)
+        acc = tl.dot(tl.load(rows + start, mask=inside, other=0.0), v, acc)
+        if GATED:
+            acc_up = tl.dot(tl.load(upper + start, mask=inside, other=0.0), v, acc_up)
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            acc_up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+    target = output + (part * M + m[None, :]).to(tl.int64) * N + n[:, None]
+    tl.store(target, acc.to(output.dtype.element_ty), mask=inside & real)
+
+
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    shape: TileShape,
+    *,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    pdl: bool = False,
+) -> Tensor:
+    """`output` [splits, M, N]: parts whose sum is x [M, K] @ weight [N, K] transposed.
+
+    K must be a multiple of block_k * splits. `bias` and `gated` (as in `gemv`) need one split.
+    """
+    rows, columns = x.shape
+    num_outputs = output.shape[-1]
+    _few_rows_kernel[(ceil_div(num_outputs, shape.block_n), shape.splits)](
+        x, weight, x if bias is None else bias, output, rows, num_outputs, columns,
+        BLOCK_M=max(16, 1 << (rows - 1).bit_length()), BLOCK_N=shape.block_n,
+        BLOCK_K=shape.block_k, SPLITS=shape.splits, GATED=gated, BIAS=bias is not None,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, **pdl_options(pdl),
+    )
+    return output

@@ -1,0 +1,105 @@
+"""Row kernels between the matrix products: embedding, residual + RMSNorm, SiLU · mul."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoinfer_engine.kernels.launch import ceil_div, pdl_options, power_of_two
+
+
+@triton.jit
+def _embed_kernel(tokens, sources, sampled, table, output, WIDTH: tl.constexpr,
+                  BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    columns = tl.arange(0, BLOCK)
+    source = tl.load(sources + row)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    token = tl.load(tokens + row)
+    if source >= 0:
+        # -1 marks a row that could not be sampled; what it computes is thrown away
+        token = tl.maximum(tl.load(sampled + source), 0)
+    values = tl.load(table + token.to(tl.int64) * WIDTH + columns, mask=columns < WIDTH)
+    tl.store(output + row.to(tl.int64) * WIDTH + columns, values, mask=columns < WIDTH)
+
+
+def embed(tokens: Tensor, sources: Tensor, sampled: Tensor, table: Tensor, output: Tensor, *,
+          pdl: bool = False) -> Tensor:
+    """Embedding rows of [rows] tokens into `output` [rows, width].
+
+    Where `sources` is not negative, the token is `sampled[source]`, which the last step left there.
+    """
+    width = table.shape[1]
+    _embed_kernel[(len(tokens),)](
+        tokens, sources, sampled, table, output, WIDTH=width, BLOCK=power_of_two(width),
+        num_warps=4, **pdl_options(pdl),
+    )
+    return output
+
+
+@triton.jit
+def _add_norm_kernel(residual, delta, gain, output, num_rows, eps, WIDTH: tl.constexpr,
+                     BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    g = tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(residual + row * WIDTH + columns, mask=inside, other=0.0)
+    if PARTS > 0:
+        total = x.to(tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(delta + (part * num_rows + row) * WIDTH + columns, mask=inside,
+                             other=0.0).to(tl.float32)
+        x = total.to(residual.dtype.element_ty)
+        tl.store(residual + row * WIDTH + columns, x, mask=inside)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+    tl.store(output + row * WIDTH + columns, (x * scale * g).to(output.dtype.element_ty),
+             mask=inside)
+
+
+def add_norm(residual: Tensor, delta: Tensor | None, gain: Tensor, eps: float, output: Tensor, *,
+             pdl: bool = False) -> Tensor:
+    """residual += the sum of `delta` [parts, rows, width], in place; `output` = its RMSNorm."""
+    num_rows, width = residual.shape
+    _add_norm_kernel[(num_rows,)](
+        residual, residual if delta is None else delta, gain, output, num_rows, eps, WIDTH=width,
+        BLOCK=power_of_two(width), PARTS=0 if delta is None else delta.shape[0],
+        num_warps=4 if width <= 2048 else 8, **pdl_options(pdl),
+    )
+    return output
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up, output, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    gate = tl.load(gate_up + row * 2 * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0.0)
+    value = gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)
+    tl.store(output + row * WIDTH + columns, value.to(output.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor, output: Tensor | None = None, *, pdl: bool = False) -> Tensor:
+    """[rows, 2 * width] → silu(first half) * second half, [rows, width]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if output is None:
+        output = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    block = min(power_of_two(width), 2048)
+    _silu_mul_kernel[(rows, ceil_div(width, block))](
+        gate_up, output, WIDTH=width, BLOCK=block, num_warps=4, **pdl_options(pdl)
+    )
+    return output

@@ -1,0 +1,149 @@
+"""Which kernel multiplies by which weight at which batch size, measured on the weights themselves.
+
+Timing runs over the matrices of many layers in turn, inside a CUDA graph, so that a matrix is read
+from memory and not from the cache, and the host takes no part.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
+from nanoinfer_engine.kernels.norms import silu_mul
+
+_LOG = logging.getLogger(__name__)
+
+Choice = GemvShape | TileShape | None
+"""None is cuBLAS."""
+
+FEW_ROWS = (16, 32, 64)
+"""Batch sizes up to which a kernel of our own is tried; beyond the last, cuBLAS multiplies."""
+
+_TUNED_BYTES = 256 << 20
+_GEMV_SHAPES = (
+    GemvShape(1, 1024, 1), GemvShape(2, 1024, 2), GemvShape(1, 2048, 2), GemvShape(4, 512, 2),
+    GemvShape(1, 4096, 4), GemvShape(2, 2048, 4),
+)
+_TILE_SHAPES = (
+    TileShape(16, 256, 1, 2, 4), TileShape(16, 256, 4, 2, 3), TileShape(32, 128, 1, 4, 5),
+    TileShape(32, 128, 4, 4, 4), TileShape(64, 128, 1, 4, 4), TileShape(64, 128, 4, 4, 3),
+    TileShape(64, 64, 2, 4, 6),
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix product of the decoder: `gated` ends in SiLU · mul, `splittable` may give parts."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    gated: bool = False
+    splittable: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the result."""
+        return self.weight.shape[0] // 2 if self.gated else self.weight.shape[0]
+
+
+def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor:
+    """[rows, in] → parts [parts, rows, out] whose sum is the product; no GEMV (see there)."""
+    shape = (len(x), linear.num_outputs)
+    if isinstance(choice, TileShape):
+        dtype = torch.float32 if choice.splits > 1 else x.dtype
+        output = torch.empty((choice.splits, *shape), dtype=dtype, device=x.device)
+        return few_rows(
+            x, linear.weight, output, choice, bias=linear.bias, gated=linear.gated, pdl=pdl
+        )
+    product = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    return (silu_mul(product, pdl=pdl) if linear.gated else product).unsqueeze(0)
+
+
+@dataclass
+class LinearTable:
+    """The choices, by name of the product and batch size."""
+
+    _choices: dict[tuple[str, int], Choice] = field(default_factory=dict)
+
+    def tune(self, name: str, linears: Sequence[Linear], pdl: bool) -> dict[str, float]:
+        """Measure product `name` on the weights of several layers; returns µs by candidate."""
+        count = max(1, min(len(linears), _TUNED_BYTES // linears[0].weight.nbytes + 1))
+        sample = list(linears[:count])
+        report: dict[str, float] = {}
+        for rows in (1, *FEW_ROWS):
+            timings: dict[Choice, float] = {}
+            for choice in _candidates(rows, sample[0]):
+                try:
+                    timings[choice] = _time(sample, rows, choice, pdl)
+                except Exception as error:  # a shape this device cannot hold is no candidate
+                    _LOG.debug("%s × %d: %s: %s", name, rows, choice, error)
+            best = min(timings, key=lambda each: timings[each])
+            self._choices[name, rows] = best
+            report |= {f"{name} x{rows} {choice}": us for choice, us in timings.items()}
+        return report
+
+    def choice(self, name: str, rows: int) -> Choice:
+        """What multiplies `rows` rows; GEMV for one row alone."""
+        if rows == 1:
+            return self._choices.get((name, 1))
+        for bound in FEW_ROWS:
+            if rows <= bound:
+                return self._choices.get((name, bound))
+        return None
+
+
+def _candidates(rows: int, linear: Linear) -> list[Choice]:
+    columns = linear.weight.shape[1]
+    if rows == 1:
+        return [shape for shape in _GEMV_SHAPES if shape.block_k < 2 * columns]
+    tiles: list[Choice] = [
+        shape
+        for shape in _TILE_SHAPES
+        if columns % (shape.block_k * shape.splits) == 0 and (shape.splits == 1 or linear.splittable)
+    ]
+    return [None, *tiles]
+
+
+def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> float:
+    """Median microseconds of one product."""
+    weight = linears[0].weight
+    x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    output = torch.zeros(1, linears[0].num_outputs, device=weight.device, dtype=weight.dtype)
+
+    def run() -> None:
+        for linear in linears:
+            if isinstance(choice, GemvShape):
+                gemv(x, linear.weight, output, choice, bias=linear.bias, gated=linear.gated,
+                     residual=linear.splittable, pdl=pdl)
+            else:
+                apply_linear(x, linear, choice, pdl)
+
+    return time_graph(run) / len(linears)
+
+
+def time_graph(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median microseconds of `run`, captured in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) * 1000)
+    return statistics.median(times)

@@ -1,0 +1,167 @@
+"""The decoder's weights run by fused kernels: the CUDA form of `models.decoder`, same arithmetic.
+
+Applied from outside to a loaded `Decoder`; its parameters are shared, not copied. A residual sum
+waits as parts until the next norm adds it up, so that a product may be split without a launch to
+join it. A step of one row goes through GEMVs that take norm, activation and residual in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoinfer_engine.attention.paged import PagedAttention, PagedPlan
+from nanoinfer_engine.config import ModelConfig
+from nanoinfer_engine.kernels.attention import HeadTransform
+from nanoinfer_engine.kernels.linear import GemvShape, gemv
+from nanoinfer_engine.kernels.norms import add_norm, embed
+from nanoinfer_engine.linears import Linear, LinearTable, apply_linear
+from nanoinfer_engine.models.decoder import Decoder
+
+PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """One layer's weights, named by what they are multiplied for."""
+
+    products: dict[str, Linear]
+    attention_gain: Tensor
+    mlp_gain: Tensor
+    transform: HeadTransform
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """[tokens] int32 ids; where `sources` is not negative, `sampled[source]` is the id instead."""
+
+    token_ids: Tensor
+    sources: Tensor
+    sampled: Tensor
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The residual stream [tokens, hidden] and what is still to be added, [parts, tokens, hidden]."""
+
+    residual: Tensor
+    delta: Tensor | None
+
+    def select(self, tokens: Tensor) -> Hidden:
+        """Copies of some tokens' rows."""
+        delta = None if self.delta is None else self.delta.index_select(1, tokens)
+        return Hidden(self.residual.index_select(0, tokens), delta)
+
+
+class FusedDecoder:
+    """Runs steps of a decoder on the device; the backend does everything between the products."""
+
+    def __init__(self, model: Decoder, config: ModelConfig, backend: PagedAttention) -> None:
+        """Share the weights of `model`, which must be on a CUDA device in half precision."""
+        self.table = LinearTable()
+        self._config = config
+        self._backend = backend
+        self._embedding = model.embedding.weight
+        self._gain = model.norm.weight
+        head = self._embedding if model.head is None else model.head.weight
+        self._head = Linear(head)
+        self._layers = [_fused_layer(layer, model, config) for layer in model.layers]
+
+    def tune(self, pdl: bool) -> dict[str, float]:
+        """Choose a kernel per product and batch size; returns µs by candidate."""
+        report: dict[str, float] = {}
+        for name in PRODUCTS[:-1]:
+            linears = [layer.products[name] for layer in self._layers]
+            report |= self.table.tune(name, linears, pdl)
+        return report | self.table.tune("head", [self._head], pdl)
+
+    def forward(self, tokens: StepTokens, plan: PagedPlan, *, pdl: bool = False) -> Hidden:
+        """All layers of a step; what they leave is not added up and not normalised yet."""
+        count = len(tokens.token_ids)
+        residual = self._empty(count, self._config.hidden_size)
+        embed(tokens.token_ids, tokens.sources, tokens.sampled, self._embedding, residual, pdl=pdl)
+        if count == 1 and all(isinstance(self.table.choice(n, 1), GemvShape) for n in PRODUCTS):
+            for index, layer in enumerate(self._layers):
+                self._layer_of_one(index, layer, residual, plan, pdl)
+            return Hidden(residual, None)
+        delta: Tensor | None = None
+        for index, layer in enumerate(self._layers):
+            delta = self._layer(index, layer, residual, delta, plan, pdl)
+        return Hidden(residual, delta)
+
+    def logits(self, hidden: Hidden, *, pdl: bool = False) -> Tensor:
+        """Final norm and head of [rows, hidden] → [rows, vocabulary]."""
+        residual, eps = hidden.residual, self._config.norm_eps
+        choice = self.table.choice("head", len(residual))
+        if hidden.delta is None and isinstance(choice, GemvShape):
+            output = self._empty(1, self._head.num_outputs)
+            return gemv(residual, self._head.weight, output, choice, gain=self._gain, eps=eps,
+                        pdl=pdl)
+        normed = torch.empty_like(residual)
+        add_norm(residual, hidden.delta, self._gain, eps, normed, pdl=pdl)
+        if isinstance(choice, GemvShape):
+            output = self._empty(1, self._head.num_outputs)
+            return gemv(normed, self._head.weight, output, choice, pdl=pdl)
+        return apply_linear(normed, self._head, choice, pdl)[0]
+
+    def _layer(self, index: int, layer: FusedLayer, residual: Tensor, delta: Tensor | None,
+               plan: PagedPlan, pdl: bool) -> Tensor:
+        """Add `delta` and this layer's attention to the residual; returns the MLP's parts."""
+        eps, hidden = self._config.norm_eps, torch.empty_like(residual)
+        add_norm(residual, delta, layer.attention_gain, eps, hidden, pdl=pdl)
+        qkv = self._product("qkv", layer, hidden, pdl)[0]
+        parts = self._product("output", layer, self._attend(index, layer, qkv, plan, pdl), pdl)
+        add_norm(residual, parts, layer.mlp_gain, eps, hidden, pdl=pdl)
+        inner = self._product("gate_up", layer, hidden, pdl)[0]
+        return self._product("down", layer, inner, pdl)
+
+    def _layer_of_one(self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan,
+                      pdl: bool) -> None:
+        """The same for one row, in five launches."""
+        qkv = self._gemv("qkv", layer, residual, pdl, gain=layer.attention_gain)
+        attended = self._attend(index, layer, qkv, plan, pdl)
+        self._gemv("output", layer, attended, pdl, residual=residual)
+        inner = self._gemv("gate_up", layer, residual, pdl, gain=layer.mlp_gain)
+        self._gemv("down", layer, inner, pdl, residual=residual)
+
+    def _attend(self, index: int, layer: FusedLayer, qkv: Tensor, plan: PagedPlan,
+                pdl: bool) -> Tensor:
+        heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
+        parts = qkv.view(len(qkv), heads + 2 * kv_heads, self._config.head_dim)
+        query, key, value = parts.split([heads, kv_heads, kv_heads], dim=1)
+        output = self._empty(len(qkv), heads, self._config.head_dim)
+        self._backend.attend(index, (query, key, value), layer.transform, plan, output, pdl=pdl)
+        return output.flatten(1)
+
+    def _product(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool) -> Tensor:
+        return apply_linear(x, layer.products[name], self.table.choice(name, len(x)), pdl)
+
+    def _gemv(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool, *,
+              gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        linear, shape = layer.products[name], self.table.choice(name, 1)
+        if not isinstance(shape, GemvShape):
+            raise TypeError(f"{name} has no GEMV shape")
+        output = self._empty(1, linear.num_outputs) if residual is None else residual
+        return gemv(x, linear.weight, output, shape, bias=linear.bias, gain=gain,
+                    eps=self._config.norm_eps, gated=linear.gated, residual=residual is not None,
+                    pdl=pdl)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._embedding.dtype, device=self._embedding.device)
+
+
+def _fused_layer(layer: torch.nn.Module, model: Decoder, config: ModelConfig) -> FusedLayer:
+    attention, mlp = layer.attention, layer.mlp
+    products = {
+        "qkv": Linear(attention.qkv.weight, attention.qkv.bias),
+        "output": Linear(attention.output.weight, attention.output.bias,
+                         splittable=attention.output.bias is None),
+        "gate_up": Linear(mlp.gate_up.weight, mlp.gate_up.bias, gated=True),
+        "down": Linear(mlp.down.weight, mlp.down.bias, splittable=mlp.down.bias is None),
+    }
+    norms = attention.query_norm, attention.key_norm
+    gains = [None if norm is None else norm.weight for norm in norms]
+    transform = HeadTransform(model.rotary, gains[0], gains[1], config.norm_eps)
+    return FusedLayer(products, layer.attention_norm.weight, layer.mlp_norm.weight, transform)
