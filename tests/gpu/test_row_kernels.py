@@ -91,9 +91,11 @@ def test_gemv(block: tuple[int, int, int], columns: int, dtype: torch.dtype,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 8, 17, 33, 64])
-@pytest.mark.parametrize("tile", [(16, 256, 4, 2, 3), (64, 128, 1, 4, 4), (32, 256, 2, 4, 3)])
+@pytest.mark.parametrize("tile", [(16, 256, 4, 2, 3), (64, 128, 1, 4, 3), (32, 256, 2, 4, 3)])
 def test_few_rows(tile: tuple[int, int, int, int, int], rows: int, dtype: torch.dtype,
                   device: torch.device) -> None:
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies no bfloat16 matrices")
     shape = linear.TileShape(*tile)
     weight = normal(208, 1024, device=device, dtype=dtype) / 32
     x = normal(rows, 1024, device=device, dtype=dtype, seed=3)

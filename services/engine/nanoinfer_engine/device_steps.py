@@ -68,7 +68,7 @@ class DeviceSteps:
 
     def prepare(self) -> None:
         """Choose kernels for the matrix products, then capture the decode graphs."""
-        self.timings = self._decoder.tune(pdl=True)
+        self.timings = self._decoder.tune(self._max_rows, _PDL_ROWS)
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
 
     def launch(self, batch: Batch, places: dict[int, int]) -> DeviceStep:

@@ -7,8 +7,7 @@ from memory and not from the cache, and the host takes no part.
 from __future__ import annotations
 
 import logging
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
 from nanoinfer_engine.kernels.norms import silu_mul
+from nanoinfer_engine.tuning import time_graph
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,24 +27,29 @@ FEW_ROWS = (16, 32, 64)
 
 _TUNED_BYTES = 256 << 20
 _GEMV_SHAPES = (
-    GemvShape(1, 1024, 1), GemvShape(2, 1024, 2), GemvShape(1, 2048, 2), GemvShape(4, 512, 2),
-    GemvShape(1, 4096, 4), GemvShape(2, 2048, 4),
+    GemvShape(1, 512, 1), GemvShape(1, 1024, 1), GemvShape(1, 1024, 2), GemvShape(2, 1024, 2),
+    GemvShape(2, 512, 2), GemvShape(4, 512, 4), GemvShape(1, 2048, 4), GemvShape(1, 4096, 4),
 )
 _TILE_SHAPES = (
-    TileShape(16, 256, 1, 2, 4), TileShape(16, 256, 4, 2, 3), TileShape(32, 128, 1, 4, 5),
-    TileShape(32, 128, 4, 4, 4), TileShape(64, 128, 1, 4, 4), TileShape(64, 128, 4, 4, 3),
-    TileShape(64, 64, 2, 4, 6),
+    TileShape(16, 256, 1, 2, 4), TileShape(32, 128, 1, 4, 5), TileShape(32, 128, 2, 4, 5),
+    TileShape(32, 128, 4, 4, 4), TileShape(64, 128, 1, 4, 4), TileShape(64, 128, 2, 4, 4),
+    TileShape(64, 128, 4, 4, 3), TileShape(64, 64, 2, 4, 6), TileShape(128, 64, 1, 4, 4),
 )
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix product of the decoder: `gated` ends in SiLU · mul, `splittable` may give parts."""
+    """One matrix product of the decoder.
+
+    `gated` ends in SiLU · mul; `splittable` may give parts; `gain` is of the RMSNorm before it,
+    where a GEMV is to take that in.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     gated: bool = False
     splittable: bool = False
+    gain: Tensor | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -119,31 +124,9 @@ def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> fl
     def run() -> None:
         for linear in linears:
             if isinstance(choice, GemvShape):
-                gemv(x, linear.weight, output, choice, bias=linear.bias, gated=linear.gated,
-                     residual=linear.splittable, pdl=pdl)
+                gemv(x, linear.weight, output, choice, bias=linear.bias, gain=linear.gain,
+                     gated=linear.gated, residual=linear.splittable, pdl=pdl)
             else:
                 apply_linear(x, linear, choice, pdl)
 
     return time_graph(run) / len(linears)
-
-
-def time_graph(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median microseconds of `run`, captured in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) * 1000)
-    return statistics.median(times)

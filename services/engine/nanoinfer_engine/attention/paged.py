@@ -15,17 +15,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from nanoinfer_engine.kernels.attention import (
+    AttentionShape,
     DecodeWorkspace,
     HeadTransform,
     decode_attention,
     rotate_and_write,
 )
 from nanoinfer_engine.kv_cache import KVCache
+from nanoinfer_engine.tuning import time_graph
 
 # cuDNN builds a plan for each new shape: only for large steps of equal, round lengths
 _CUDNN_TOKENS, _CUDNN_MULTIPLE = 4096, 128
 
 Heads = tuple[Tensor, Tensor, Tensor]
+
+FALLBACK = AttentionShape(tile=64, num_warps=4, num_stages=3, prefetch=False, num_programs=1024)
+_FEW_ROWS = 16
+_SHAPES_OF_FEW = tuple(
+    AttentionShape(64, 4, 3, prefetch, num_programs)
+    for prefetch in (True, False)
+    for num_programs in (512, 1024, 2048)
+)
+_SHAPES_OF_MANY = tuple(
+    AttentionShape(*shape, False, num_programs)
+    for shape in ((64, 4, 4), (64, 4, 5), (32, 4, 5), (128, 8, 4))
+    for num_programs in (512, 1024, 2048, 4096)
+)
+# contexts that shapes are compared at: the longest that short and long chats share
+_TUNED_CONTEXT, _TUNED_LAYERS = 768, 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,47 @@ class PagedAttention:
         self._cache = cache
         self._windows = tuple(sliding_windows)
         self._workspace = workspace
+        self._shapes: dict[int, AttentionShape] = {}
+
+    def tune(self, heads: Heads, transform: HeadTransform, pdl_rows: int) -> dict[str, float]:
+        """Choose a shape per number of rows; returns µs by candidate.
+
+        `heads` hold as many rows as a step may have. Writes into blocks that nobody may own yet.
+        """
+        report: dict[str, float] = {}
+        chosen: dict[int, AttentionShape] = {}
+        most = len(heads[0])
+        blocks = -(-_TUNED_CONTEXT // self._cache.block_size)
+        tables = torch.arange(most * blocks, device=heads[0].device, dtype=torch.int32)
+        tables = (tables % self._cache.num_blocks).view(most, blocks)
+        contexts = torch.full((most,), _TUNED_CONTEXT, device=tables.device, dtype=torch.int32)
+        contexts.clamp_(max=self._cache.num_blocks * self._cache.block_size)
+        for rows in sorted({min(size, most) for size in (1, 8, 32, 64, 128, 256, most)}):
+            plan = PagedPlan(rows, tables[:rows], contexts[:rows], None)
+            part = (heads[0][:rows], heads[1][:rows], heads[2][:rows])
+            timings: dict[AttentionShape, float] = {}
+            for shape in _SHAPES_OF_FEW if rows <= _FEW_ROWS else _SHAPES_OF_MANY:
+                self._shapes = {rows: shape}
+                timings[shape] = self._time(part, transform, plan, pdl=rows <= pdl_rows)
+            report |= {f"attention x{rows} {shape}": us for shape, us in timings.items()}
+            chosen[rows] = min(timings, key=lambda each: timings[each])
+        self._shapes = chosen
+        return report
+
+    def _time(self, heads: Heads, transform: HeadTransform, plan: PagedPlan, *, pdl: bool) -> float:
+        output = torch.empty(heads[0].shape, dtype=heads[0].dtype, device=heads[0].device)
+        layers = range(min(_TUNED_LAYERS, len(self._windows)))
+
+        def run() -> None:
+            for layer in layers:
+                self.attend(layer, heads, transform, plan, output, pdl=pdl)
+
+        return time_graph(run) / len(layers)
+
+    def _shape(self, num_rows: int) -> AttentionShape:
+        """The shape of the next tuned size."""
+        sizes = [size for size in self._shapes if size >= num_rows]
+        return self._shapes[min(sizes)] if sizes else FALLBACK
 
     @property
     def supports_graphs(self) -> bool:
@@ -71,16 +129,24 @@ class PagedAttention:
     def attend(
         self, layer: int, heads: Heads, transform: HeadTransform, plan: PagedPlan, output: Tensor,
         *, pdl: bool = False,
-    ) -> None:
-        """Transform heads, write K and V, attend; `heads` as in `decode_attention`."""
+    ) -> Tensor:
+        """Transform heads, write K and V, attend; `heads` and `output` as in `decode_attention`.
+
+        Returns `output`, or other memory of the same shape, left as it came, for prompts alone.
+        """
         count, window = plan.num_decode_rows, self._windows[layer]
         if count:
             first = (heads[0][:count], heads[1][:count], heads[2][:count])
             decode_attention(first, self._cache.layer(layer), plan.tables, plan.contexts,
-                             transform, window, self._workspace, output[:count], pdl=pdl)
+                             transform, window, self._workspace, output[:count],
+                             self._shape(count), pdl=pdl)
         if plan.prompts is not None:
             rest = (heads[0][count:], heads[1][count:], heads[2][count:])
-            output[count:] = self._prompts(layer, rest, transform, plan.prompts, window)
+            attended = self._prompts(layer, rest, transform, plan.prompts, window)
+            if not count:
+                return attended
+            output[count:] = attended
+        return output
 
     def _prompts(self, layer: int, heads: Heads, transform: HeadTransform, plan: PromptPlan,
                  window: int | None) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nanoinfer_engine.kernels.launch import pdl_options, power_of_two
 
-_TARGET_PROGRAMS = 512
-_MAX_SPLITS = 32
+MAX_PROGRAMS = 4096
+MAX_SPLITS = 32
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,37 @@ class HeadTransform:
     eps: float = 0.0
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """Tile of positions, warps and stages of a program, and how many programs a step may split into.
+
+    With `prefetch` a program loads its first tile before it waits for its predecessor: good for few
+    rows, but the registers it takes cost bandwidth where there are many.
+    """
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    prefetch: bool
+    num_programs: int
+
+
 class DecodeWorkspace:
     """Memory in which the programs of one row meet; reused by every layer of a step."""
 
     def __init__(self, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int,
                  device: torch.device) -> None:
-        """Room for `max_rows` rows at any split that `num_splits` gives."""
-        self.splits = {rows: num_splits(rows, num_kv_heads) for rows in range(1, max_rows + 1)}
-        most = max(rows * splits for rows, splits in self.splits.items())
-        shape = (most * num_heads, head_dim)
-        self.parts = torch.empty(shape, dtype=torch.float32, device=device)
-        self.maxima = torch.empty(shape[0], dtype=torch.float32, device=device)
-        self.sums = torch.empty(shape[0], dtype=torch.float32, device=device)
+        """Room for `max_rows` rows at any split."""
+        most = max(max_rows, MAX_PROGRAMS // num_kv_heads, MAX_SPLITS) * num_heads
+        self.parts = torch.empty((most, head_dim), dtype=torch.float32, device=device)
+        self.maxima = torch.empty(most, dtype=torch.float32, device=device)
+        self.sums = torch.empty(most, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
 
 
-def num_splits(num_rows: int, num_kv_heads: int) -> int:
-    """Programs a row's context is split over, so that few rows still fill the device."""
-    wanted = max(_TARGET_PROGRAMS // (num_rows * num_kv_heads), 1)
-    return min(1 << (wanted.bit_length() - 1), _MAX_SPLITS)
+def num_splits(num_rows: int, num_kv_heads: int, num_programs: int) -> int:
+    """Programs that a row's context is split over."""
+    return max(min(num_programs // (num_rows * num_kv_heads), MAX_SPLITS), 1)
 
 
 @triton.jit
@@ -112,10 +124,11 @@ def _attend(q, k, v, seen, factor, top, total, acc):
 @triton.jit
 def _decode_kernel(
     query, key, value, input_stride, keys, values, slot_stride, tables, table_stride, contexts,
-    rotary, query_gain, key_gain, output, parts, maxima, sums, arrived, eps, scale,
+    rotary, query_gain, key_gain, output, parts, maxima, sums, arrived, eps, scale, num_splits,
     WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MOST: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
@@ -125,15 +138,16 @@ def _decode_kernel(
     first = 0
     if WINDOW > 0:
         first = tl.maximum(context - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(last - first, SPLITS), TILE) * TILE
+    share = tl.cdiv(tl.cdiv(last - first, num_splits), TILE) * TILE
     needed = tl.maximum(tl.cdiv(last - first, tl.maximum(share, 1)), 1)
     begin = first + split * share
     end = tl.minimum(begin + share, last)
     dims = tl.arange(0, DIM_PAD)
     table = tables + row.to(tl.int64) * table_stride
-    # earlier steps wrote this part of the cache: no need to wait for it
-    k, v, seen = _tile(keys, values, slot_stride, table, kv_head, begin, end, dims,
-                       DIM, BLOCK_SIZE, TILE)
+    if PREFETCH:
+        # earlier steps wrote this part of the cache: no need to wait for it
+        k, v, seen = _tile(keys, values, slot_stride, table, kv_head, begin, end, dims,
+                           DIM, BLOCK_SIZE, TILE)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if (split >= needed) | (context <= 0):
@@ -166,19 +180,23 @@ def _decode_kernel(
         total = tl.zeros([GROUP_PAD], tl.float32)
         acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
 
-    top, total, acc = _attend(q, k, v, seen, factor, top, total, acc)
-    for start in range(begin + TILE, end, TILE):
+    if PREFETCH:
+        top, total, acc = _attend(q, k, v, seen, factor, top, total, acc)
+        begin += TILE
+    for start in range(begin, end, TILE):
         k, v, seen = _tile(keys, values, slot_stride, table, kv_head, start, end, dims,
                            DIM, BLOCK_SIZE, TILE)
         top, total, acc = _attend(q, k, v, seen, factor, top, total, acc)
 
     head = kv_head * GROUP + heads
     target = (row * KV_HEADS * GROUP + head).to(tl.int64)
-    if needed == 1:
-        tl.store(output + target[:, None] * DIM + dims[None, :],
-                 (acc / total[:, None]).to(dtype), mask=inside)
+    result = output + target[:, None] * DIM + dims[None, :]
+    if not SPLIT:
+        tl.store(result, (acc / total[:, None]).to(dtype), mask=inside)
+    elif needed == 1:
+        tl.store(result, (acc / total[:, None]).to(dtype), mask=inside)
     else:
-        part = target * SPLITS + split
+        part = target * num_splits + split
         tl.store(parts + part[:, None] * DIM + dims[None, :], acc, mask=inside)
         tl.store(maxima + part, top, mask=heads < GROUP)
         tl.store(sums + part, total, mask=heads < GROUP)
@@ -186,20 +204,20 @@ def _decode_kernel(
         before = tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1, sem="acq_rel")
         if before == needed - 1:
             tl.debug_barrier()
-            _add_up(output, parts, maxima, sums, target - heads, needed, dims,
-                    GROUP, DIM, SPLITS)
+            _add_up(output, parts, maxima, sums, (row * KV_HEADS + kv_head) * GROUP, num_splits,
+                    needed, dims, GROUP, DIM, MOST)
             tl.store(arrived + row * KV_HEADS + kv_head, 0)
 
 
 @triton.jit
-def _add_up(output, parts, maxima, sums, heads, needed, dims,
-            GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
+def _add_up(output, parts, maxima, sums, first_head, num_splits, needed, dims,
+            GROUP: tl.constexpr, DIM: tl.constexpr, MOST: tl.constexpr):
     """Combine the first `needed` parts of each of GROUP heads into `output`."""
-    base = tl.min(heads, axis=0)
-    splits = tl.arange(0, SPLITS)
+    base = first_head.to(tl.int64)
+    splits = tl.arange(0, MOST)
     here = splits < needed
     for member in tl.static_range(GROUP):
-        part = (base + member) * SPLITS + splits
+        part = (base + member) * num_splits + splits
         top = tl.load(maxima + part, mask=here, other=float("-inf"), cache_modifier=".cg")
         total = tl.load(sums + part, mask=here, other=0.0, cache_modifier=".cg")
         acc = tl.load(parts + part[:, None] * DIM + dims[None, :],
@@ -219,6 +237,7 @@ def decode_attention(
     window: int | None,
     workspace: DecodeWorkspace,
     output: Tensor,
+    shape: AttentionShape,
     *,
     pdl: bool = False,
 ) -> Tensor:
@@ -232,7 +251,7 @@ def decode_attention(
     query, key, value = heads
     num_rows, num_heads, dim = query.shape
     _, block_size, kv_heads, _ = cache[0].shape
-    group, splits = num_heads // kv_heads, workspace.splits[num_rows]
+    group, splits = num_heads // kv_heads, num_splits(num_rows, kv_heads, shape.num_programs)
     unused = query  # a pointer that the kernel never follows
     _decode_kernel[(num_rows, kv_heads, splits)](
         query, key, value, query.stride(0), *cache, cache[0].stride(1), tables, tables.stride(0),
@@ -241,11 +260,13 @@ def decode_attention(
         unused if transform.query_gain is None else transform.query_gain,
         unused if transform.key_gain is None else transform.key_gain,
         output, workspace.parts, workspace.maxima, workspace.sums, workspace.arrived,
-        transform.eps, dim**-0.5,
+        transform.eps, dim**-0.5, splits,
         WINDOW=window or 0, KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(power_of_two(group), 16),
-        DIM=dim, DIM_PAD=power_of_two(dim), BLOCK_SIZE=block_size, TILE=64 if dim <= 128 else 32,
-        SPLITS=splits, NORM=transform.query_gain is not None, ROTARY=transform.rotary is not None,
-        num_warps=4, num_stages=3, **pdl_options(pdl),
+        DIM=dim, DIM_PAD=power_of_two(dim), BLOCK_SIZE=block_size,
+        TILE=shape.tile if dim <= 128 else min(shape.tile, 32), SPLIT=splits > 1, MOST=MAX_SPLITS,
+        NORM=transform.query_gain is not None, ROTARY=transform.rotary is not None,
+        PREFETCH=shape.prefetch, num_warps=shape.num_warps, num_stages=shape.num_stages,
+        **pdl_options(pdl),
     )
     return output
 

@@ -38,11 +38,6 @@ class TileShape:
 
 
 @triton.jit
-def _dot_rows(tile, x):
-    return tl.sum(tile.to(tl.float32) * x[None, :], axis=1)
-
-
-@triton.jit
 def _gemv_kernel(x, weight, bias, gain, output, N, K, eps, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
                  GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
@@ -51,44 +46,54 @@ def _gemv_kernel(x, weight, bias, gain, output, N, K, eps, BLOCK_N: tl.constexpr
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
-    rows = weight + n.to(tl.int64)[:, None] * K
+    # rows past the end repeat the last one: their sums are not stored
+    rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + columns[None, :]
     upper = rows + N.to(tl.int64) * K
-    mask = (n[:, None] < N) & (EVEN | (columns[None, :] < K))
-    tile = tl.load(rows + columns[None, :], mask=mask, other=0.0)
+    last = tl.cdiv(K, BLOCK_K) * BLOCK_K - BLOCK_K
+    inside = EVEN | (columns < K)
+    tile = tl.load(rows, mask=inside[None, :], other=0.0)
+    tile_up = tile
     if GATED:
-        tile_up = tl.load(upper + columns[None, :], mask=mask, other=0.0)
+        tile_up = tl.load(upper, mask=inside[None, :], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([BLOCK_N], tl.float32)
-    acc_up = tl.zeros([BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + columns
-        v = tl.load(x + k, mask=EVEN | (k < K), other=0.0).to(tl.float32)
+    for start in range(0, last, BLOCK_K):
+        v = tl.load(x + start + columns).to(tl.float32)
         if NORM:
             squares += v * v
-            v = v * tl.load(gain + k, mask=EVEN | (k < K), other=0.0).to(tl.float32)
-        following = k + BLOCK_K
-        mask = (n[:, None] < N) & (following[None, :] < K)
-        next_tile = tl.load(rows + following[None, :], mask=mask, other=0.0)
-        acc += _dot_rows(tile, v)
-        tile = next_tile
+            v = v * tl.load(gain + start + columns).to(tl.float32)
+        inside = EVEN | (start + BLOCK_K + columns < K)
+        following = tl.load(rows + start + BLOCK_K, mask=inside[None, :], other=0.0)
+        acc += tile.to(tl.float32) * v[None, :]
+        tile = following
         if GATED:
-            next_up = tl.load(upper + following[None, :], mask=mask, other=0.0)
-            acc_up += _dot_rows(tile_up, v)
-            tile_up = next_up
+            following = tl.load(upper + start + BLOCK_K, mask=inside[None, :], other=0.0)
+            acc_up += tile_up.to(tl.float32) * v[None, :]
+            tile_up = following
+    inside = EVEN | (last + columns < K)
+    v = tl.load(x + last + columns, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        squares += v * v
+        v = v * tl.load(gain + last + columns, mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(acc + tile.to(tl.float32) * v[None, :], axis=1)
+    total_up = total
+    if GATED:
+        total_up = tl.sum(acc_up + tile_up.to(tl.float32) * v[None, :], axis=1)
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
-        acc, acc_up = acc * scale, acc_up * scale
+        total, total_up = total * scale, total_up * scale
     if BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if GATED:
-            acc_up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+            total_up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
     if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+        total = total / (1.0 + tl.exp(-total)) * total_up
     if RESIDUAL:
-        acc += tl.load(output + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(output + n, acc.to(output.dtype.element_ty), mask=n < N)
+        total += tl.load(output + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(output + n, total.to(output.dtype.element_ty), mask=n < N)
 
 
 def gemv(

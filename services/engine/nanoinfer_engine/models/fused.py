@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanoinfer_engine.attention.paged import PagedAttention, PagedPlan
+from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.kernels.attention import HeadTransform
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
-from nanoinfer_engine.linears import Linear, LinearTable, apply_linear
+from nanoinfer_engine.linears import FEW_ROWS, Linear, LinearTable, apply_linear
 from nanoinfer_engine.models.decoder import Decoder
+
+MAX_FUSED_NORM = 2048
+"""Hidden sizes up to which a GEMV takes the norm before it in: beyond, its registers cost more."""
 
 PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
 
@@ -66,12 +69,18 @@ class FusedDecoder:
         self._embedding = model.embedding.weight
         self._gain = model.norm.weight
         head = self._embedding if model.head is None else model.head.weight
-        self._head = Linear(head)
+        fuses = config.hidden_size <= MAX_FUSED_NORM
+        self._head = Linear(head, gain=self._gain if fuses else None)
         self._layers = [_fused_layer(layer, model, config) for layer in model.layers]
 
-    def tune(self, pdl: bool) -> dict[str, float]:
-        """Choose a kernel per product and batch size; returns µs by candidate."""
-        report: dict[str, float] = {}
+    def tune(self, max_rows: int, pdl_rows: int) -> dict[str, float]:
+        """Choose kernels per batch size up to `max_rows`; returns µs by candidate."""
+        heads = self._heads(torch.randn(
+            (max_rows, self._layers[0].products["qkv"].num_outputs),
+            dtype=self._embedding.dtype, device=self._embedding.device,
+        ))
+        report = self._backend.tune(heads, self._layers[0].transform, pdl_rows)
+        pdl = pdl_rows >= FEW_ROWS[-1]
         for name in PRODUCTS[:-1]:
             linears = [layer.products[name] for layer in self._layers]
             report |= self.table.tune(name, linears, pdl)
@@ -95,7 +104,7 @@ class FusedDecoder:
         """Final norm and head of [rows, hidden] → [rows, vocabulary]."""
         residual, eps = hidden.residual, self._config.norm_eps
         choice = self.table.choice("head", len(residual))
-        if hidden.delta is None and isinstance(choice, GemvShape):
+        if hidden.delta is None and self._head.gain is not None and isinstance(choice, GemvShape):
             output = self._empty(1, self._head.num_outputs)
             return gemv(residual, self._head.weight, output, choice, gain=self._gain, eps=eps,
                         pdl=pdl)
@@ -119,32 +128,43 @@ class FusedDecoder:
 
     def _layer_of_one(self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan,
                       pdl: bool) -> None:
-        """The same for one row, in five launches."""
-        qkv = self._gemv("qkv", layer, residual, pdl, gain=layer.attention_gain)
+        """The same for one row, in five launches, or seven where the norms stand alone."""
+        qkv = self._normed_gemv("qkv", layer, residual, layer.attention_gain, pdl)
         attended = self._attend(index, layer, qkv, plan, pdl)
         self._gemv("output", layer, attended, pdl, residual=residual)
-        inner = self._gemv("gate_up", layer, residual, pdl, gain=layer.mlp_gain)
+        inner = self._normed_gemv("gate_up", layer, residual, layer.mlp_gain, pdl)
         self._gemv("down", layer, inner, pdl, residual=residual)
 
     def _attend(self, index: int, layer: FusedLayer, qkv: Tensor, plan: PagedPlan,
                 pdl: bool) -> Tensor:
+        output = self._empty(len(qkv), self._config.num_heads, self._config.head_dim)
+        heads = self._heads(qkv)
+        output = self._backend.attend(index, heads, layer.transform, plan, output, pdl=pdl)
+        return output.flatten(1)
+
+    def _heads(self, qkv: Tensor) -> Heads:
+        """Views of query, key and value, [rows, heads of each, head dim]."""
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         parts = qkv.view(len(qkv), heads + 2 * kv_heads, self._config.head_dim)
         query, key, value = parts.split([heads, kv_heads, kv_heads], dim=1)
-        output = self._empty(len(qkv), heads, self._config.head_dim)
-        self._backend.attend(index, (query, key, value), layer.transform, plan, output, pdl=pdl)
-        return output.flatten(1)
+        return query, key, value
 
     def _product(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool) -> Tensor:
         return apply_linear(x, layer.products[name], self.table.choice(name, len(x)), pdl)
 
+    def _normed_gemv(self, name: str, layer: FusedLayer, x: Tensor, gain: Tensor,
+                     pdl: bool) -> Tensor:
+        if layer.products[name].gain is None:
+            x = add_norm(x, None, gain, self._config.norm_eps, torch.empty_like(x), pdl=pdl)
+        return self._gemv(name, layer, x, pdl)
+
     def _gemv(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool, *,
-              gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+              residual: Tensor | None = None) -> Tensor:
         linear, shape = layer.products[name], self.table.choice(name, 1)
         if not isinstance(shape, GemvShape):
             raise TypeError(f"{name} has no GEMV shape")
         output = self._empty(1, linear.num_outputs) if residual is None else residual
-        return gemv(x, linear.weight, output, shape, bias=linear.bias, gain=gain,
+        return gemv(x, linear.weight, output, shape, bias=linear.bias, gain=linear.gain,
                     eps=self._config.norm_eps, gated=linear.gated, residual=residual is not None,
                     pdl=pdl)
 
@@ -154,14 +174,16 @@ class FusedDecoder:
 
 def _fused_layer(layer: torch.nn.Module, model: Decoder, config: ModelConfig) -> FusedLayer:
     attention, mlp = layer.attention, layer.mlp
+    fuses = config.hidden_size <= MAX_FUSED_NORM
+    gains = [norm.weight if fuses else None for norm in (layer.attention_norm, layer.mlp_norm)]
     products = {
-        "qkv": Linear(attention.qkv.weight, attention.qkv.bias),
+        "qkv": Linear(attention.qkv.weight, attention.qkv.bias, gain=gains[0]),
         "output": Linear(attention.output.weight, attention.output.bias,
                          splittable=attention.output.bias is None),
-        "gate_up": Linear(mlp.gate_up.weight, mlp.gate_up.bias, gated=True),
+        "gate_up": Linear(mlp.gate_up.weight, mlp.gate_up.bias, gated=True, gain=gains[1]),
         "down": Linear(mlp.down.weight, mlp.down.bias, splittable=mlp.down.bias is None),
     }
     norms = attention.query_norm, attention.key_norm
-    gains = [None if norm is None else norm.weight for norm in norms]
-    transform = HeadTransform(model.rotary, gains[0], gains[1], config.norm_eps)
+    head_gains = [None if norm is None else norm.weight for norm in norms]
+    transform = HeadTransform(model.rotary, head_gains[0], head_gains[1], config.norm_eps)
     return FusedLayer(products, layer.attention_norm.weight, layer.mlp_norm.weight, transform)
