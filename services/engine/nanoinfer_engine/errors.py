@@ -54,6 +54,10 @@ class EngineLostError(EngineError):
     """A step failed as a whole; its cause is in `__cause__` and in the log."""
 
 
+class SamplingError(Exception):
+    """A row whose logits or options allow no choice; it ends that request alone."""
+
+
 def is_device_error(error: BaseException) -> bool:
     """Whether the device is gone with this error: a CUDA fault, but not CUDA's lack of memory.
 

@@ -1,15 +1,15 @@
-"""Proto ⇄ plain data: what a request asks for, and what an answer says.
+"""Proto → plain data: what a request asks for, and what is served.
 
-`ServedModel` resolves every unset field, so nothing below knows presence. `Answer` remembers what
-was sent, so that every message is a delta.
+`ServedModel` resolves every unset field, so nothing below knows presence.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoinfer.v1 import engine_pb2, generation_pb2
 from nanoinfer_common import errors, names
@@ -18,27 +18,22 @@ from nanoinfer_common.validation import Limits, RequestMetadata
 
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.defaults import SamplingDefaults
-from nanoinfer_engine.request import (
-    FinishReason,
-    Logprob,
-    Request,
-    RequestOutput,
-    RequestTimes,
-    SampledToken,
-    SamplingOptions,
-    StoppingOptions,
-)
-from nanoinfer_engine.stream import Stream
+from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
 
 FEATURES = frozenset(
-    {generation_pb2.FEATURE_LOGPROBS, generation_pb2.FEATURE_MULTIPLE_CHOICES},
+    {
+        generation_pb2.FEATURE_LOGPROBS,
+        generation_pb2.FEATURE_PROMPT_LOGPROBS,
+        generation_pb2.FEATURE_LOGPROB_TOKEN_IDS,
+        generation_pb2.FEATURE_MULTIPLE_CHOICES,
+        generation_pb2.FEATURE_PENALTIES,
+        generation_pb2.FEATURE_LOGIT_BIAS,
+        generation_pb2.FEATURE_ALLOWED_TOKEN_IDS,
+        generation_pb2.FEATURE_TRUNCATE_PROMPT,
+    }
 )
 GREEDY_BELOW = 1e-5
 FINGERPRINT_BYTES = 32
-_REASONS = {
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-}
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class ServedModel:
                 top_p=self.defaults.top_p,
                 top_k=self.defaults.top_k,
                 min_p=self.defaults.min_p,
-                repetition_penalty=1.0,
+                repetition_penalty=self.defaults.repetition_penalty,
                 frequency_penalty=0.0,
                 presence_penalty=0.0,
                 n=1,
@@ -122,19 +117,23 @@ class ServedModel:
     ) -> list[Request]:
         """One request for each completion of a validated `proto`; raises CapacityError.
 
-        Completion i uses seed + i, modulo 2^64. `deadline` is in monotonic nanoseconds.
+        Completion i uses seed + i, modulo 2^64; the first alone scores the prompt for all.
+        `deadline` is in monotonic nanoseconds.
         """
-        prompt = tuple(proto.prompt.ids)
+        prompt = tuple(prompt_ids(proto))
         stopping = self._stopping(proto.stopping, len(prompt))
         sampling = proto.sampling
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
+        first = self._sampling(sampling, proto.response, seed)
+        _check_choice(first, stopping)
+        others = replace(first, num_prompt_logprobs=None)
         arrived = time.monotonic_ns()
         return [
             Request(
                 request_id=metadata.request_id,
                 index=index,
                 prompt_token_ids=prompt,
-                sampling=self._sampling(sampling, proto.response, (seed + index) % 2**64),
+                sampling=replace(others if index else first, seed=(seed + index) % 2**64),
                 stopping=stopping,
                 times=RequestTimes(arrived),
                 priority=metadata.priority,
@@ -153,13 +152,28 @@ class ServedModel:
         defaults = self.defaults
         temperature = params.temperature if params.HasField("temperature") else defaults.temperature
         top_k = params.top_k if params.HasField("top_k") else defaults.top_k
+        default = defaults.repetition_penalty
+        listed = tuple(dict.fromkeys(response.logprob_token_ids))
+        # listed ids make an entry for each token necessary, as if `logprobs` were 0
+        has_logprobs = response.HasField("logprobs") or listed
+        scores_prompt = response.HasField("prompt_logprobs")
+        allowed = params.allowed_token_ids
         return SamplingOptions(
             temperature=0.0 if temperature < GREEDY_BELOW else temperature,
             top_k=min(top_k, self.vocab_size),
             top_p=params.top_p if params.HasField("top_p") else defaults.top_p,
             min_p=params.min_p if params.HasField("min_p") else defaults.min_p,
             seed=seed,
-            num_logprobs=response.logprobs if response.HasField("logprobs") else None,
+            num_logprobs=response.logprobs if has_logprobs else None,
+            repetition_penalty=(
+                params.repetition_penalty if params.HasField("repetition_penalty") else default
+            ),
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            logit_bias=tuple(params.logit_bias.items()),
+            allowed_token_ids=array("q", allowed) if allowed else None,
+            num_prompt_logprobs=response.prompt_logprobs if scores_prompt else None,
+            logprob_token_ids=listed,
         )
 
     def _stopping(
@@ -175,93 +189,19 @@ class ServedModel:
         )
 
 
-class Answer:
-    """The messages of one stream, built from the outputs of all its completions."""
+def prompt_ids(proto: engine_pb2.EngineServiceGenerateRequest) -> Sequence[int]:
+    """The prompt's ids, the last `truncate_prompt_tokens` of them where that is set."""
+    ids = proto.prompt.ids
+    return ids[-proto.truncate_prompt_tokens :] if proto.truncate_prompt_tokens else ids
 
-    def __init__(self, stream: Stream, model: ServedModel) -> None:
-        """`stream` brings the outputs that `message` is then called with."""
-        self.num_sent_tokens = 0
-        self._stream = stream
-        self._model = model
-        self._num_live = len(stream.requests)
-        self._is_first = True
 
-    def message(
-        self, outputs: Sequence[RequestOutput]
-    ) -> engine_pb2.EngineServiceGenerateResponse | None:
-        """What is new in `outputs`, merged: at most one delta for each index; None if nothing is.
-
-        Outputs that ended without a FinishReason of the contract only contribute their tokens.
-        """
-        message = engine_pb2.EngineServiceGenerateResponse()
-        deltas: dict[int, engine_pb2.TokenDelta] = {}
-        for output in outputs:
-            index = output.request.index
-            for token in output.tokens:
-                delta = deltas.get(index) or deltas.setdefault(index, message.deltas.add())
-                delta.index = index
-                _add_token(delta, token)
-            self.num_sent_tokens += len(output.tokens)
-            if output.finish_reason in _REASONS:
-                message.finishes.append(_finish(output))
-                self._num_live -= 1
-        if not deltas and not message.finishes:
-            return None
-        if self._is_first:
-            message.prompt_info.prompt_tokens = len(self._stream.requests[0].prompt_token_ids)
-            self._is_first = False
-        if self._num_live == 0:
-            message.summary.CopyFrom(self._summary())
-        return message
-
-    def _summary(self) -> generation_pb2.GenerationSummary:
-        slowest, requests = self._stream.slowest_request, self._stream.requests
-        phases = slowest.times.phases()
-        firsts = [r.times.first_token for r in requests if r.times.first_token is not None]
-        return generation_pb2.GenerationSummary(
-            usage=generation_pb2.Usage(
-                prompt_tokens=len(slowest.prompt_token_ids),
-                completion_tokens=sum(len(r.completion_token_ids) for r in requests),
-            ),
-            timings=generation_pb2.Timings(
-                queue_ns=phases.queue,
-                prefill_ns=phases.prefill,
-                decode_ns=phases.decode,
-                total_ns=time.monotonic_ns() - slowest.times.arrived,
-                time_to_first_token_ns=min(firsts) - slowest.times.arrived,
-            ),
-            model=self._model.name,
-            tokenizer_fingerprint=self._model.tokenizer_fingerprint or b"",
-            request_id=slowest.request_id,
+def _check_choice(sampling: SamplingOptions, stopping: StoppingOptions) -> None:
+    """Raise INVALID_ARGUMENT where no id may be chosen until `min_tokens` is reached."""
+    allowed = sampling.allowed_token_ids
+    if allowed is not None and stopping.masked_token_ids(0).issuperset(allowed):
+        description = "must have an id that does not end the completion before min_tokens"
+        raise errors.invalid(
+            names.INVALID_SAMPLING_PARAMS,
+            f"sampling.allowed_token_ids {description}",
+            Violation("sampling.allowed_token_ids", description),
         )
-
-
-def _finish(output: RequestOutput) -> generation_pb2.ChoiceFinish:
-    request, stopped_by = output.request, output.stop_token_id
-    finish = generation_pb2.ChoiceFinish(
-        index=request.index,
-        reason=_REASONS[output.finish_reason] if output.finish_reason else None,
-        seed=request.sampling.seed,
-    )
-    if stopped_by is None:
-        return finish
-    if stopped_by in request.stopping.stop_token_ids:
-        finish.stop_match.token_id = stopped_by
-    else:
-        finish.stop_match.eos = True
-    return finish
-
-
-def _add_token(delta: engine_pb2.TokenDelta, token: SampledToken) -> None:
-    delta.token_ids.append(token.token_id)
-    if token.logprob is not None:
-        entry = delta.logprobs.add()
-        _fill_logprob(entry, token.logprob)
-        for alternative in token.top:
-            _fill_logprob(entry.top.add(), alternative)
-
-
-def _fill_logprob(
-    message: generation_pb2.TokenLogprob | generation_pb2.TopLogprob, value: Logprob
-) -> None:
-    message.token_id, message.logprob, message.rank = value.token_id, value.logprob, value.rank

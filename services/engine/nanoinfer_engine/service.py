@@ -32,12 +32,13 @@ from nanoinfer_common.validation import (
 from nanoinfer_common.write_slots import WriteSlots
 from prometheus_client import CollectorRegistry
 
+from nanoinfer_engine.answers import Answer
 from nanoinfer_engine.batch import Runner
 from nanoinfer_engine.config import CheckpointError, EngineConfig
 from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.engine import Engine
 from nanoinfer_engine.errors import EngineError
-from nanoinfer_engine.messages import Answer, ServedModel
+from nanoinfer_engine.messages import ServedModel, prompt_ids
 from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
 from nanoinfer_engine.settings import EngineSettings
 from nanoinfer_engine.statuses import failure, refusal_status
@@ -229,7 +230,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
             limits=model.limits,
         )
-        validate_prompt_ids(request.prompt.ids, model.limits)
+        validate_prompt_ids(prompt_ids(request), model.limits)
         model.check_tokenizer(request)
         return read_metadata(context.invocation_metadata(), given.get("request_id"))
 
