@@ -247,10 +247,9 @@ class Replicas:
 
 
 def _offered(model: generation_pb2.ModelInfo) -> generation_pb2.ModelInfo:
-    """The engine's description without what would be the gateway's part and is not offered."""
-    features = [feature for feature in model.features if feature != generation_pb2.FEATURE_ECHO]
-    del model.features[:]
-    model.features.extend(features)
+    """The engine's description with what the gateway does itself."""
+    own = (generation_pb2.FEATURE_ECHO, generation_pb2.FEATURE_TRUNCATE_PROMPT)
+    model.features.extend(each for each in own if each not in model.features)
     return model
 
 
