@@ -66,10 +66,16 @@ class Answer:
             for output in outputs:
                 for token in output.prompt_logprobs:
                     _add_logprob(message.prompt_info.prompt_logprobs, token)
+            message.prompt_info.cached_tokens = self._num_cached_tokens
             self._is_first = False
         if self._num_live == 0:
             message.summary.CopyFrom(self._summary())
         return message
+
+    @property
+    def _num_cached_tokens(self) -> int:
+        # The first completion's: its siblings find in the cache what it has just computed.
+        return self._stream.requests[0].num_cached_tokens or 0
 
     def _summary(self) -> generation_pb2.GenerationSummary:
         slowest, requests = self._stream.slowest_request, self._stream.requests
@@ -79,6 +85,7 @@ class Answer:
             usage=generation_pb2.Usage(
                 prompt_tokens=len(slowest.prompt_token_ids),
                 completion_tokens=sum(len(r.completion_token_ids) for r in requests),
+                cached_tokens=self._num_cached_tokens,
             ),
             timings=generation_pb2.Timings(
                 queue_ns=phases.queue,

@@ -50,6 +50,13 @@ class ServedModel:
     defaults: SamplingDefaults
     tokenizer_fingerprint: bytes | None
     weights_fingerprint: bytes
+    caches_prefixes: bool = True
+
+    @property
+    def features(self) -> frozenset[generation_pb2.Feature]:
+        """What a request may ask for, and what the engine does by itself."""
+        own = {generation_pb2.FEATURE_PREFIX_CACHING} if self.caches_prefixes else set()
+        return FEATURES | own
 
     @property
     def limits(self) -> Limits:
@@ -57,7 +64,7 @@ class ServedModel:
         return Limits(
             vocab_size=self.vocab_size,
             max_model_len=self.capacity.max_model_len,
-            features=FEATURES,
+            features=self.features,
         )
 
     def info(self) -> generation_pb2.ModelInfo:
@@ -78,7 +85,7 @@ class ServedModel:
                 presence_penalty=0.0,
                 n=1,
             ),
-            features=sorted(FEATURES),
+            features=sorted(self.features),
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             weights_fingerprint=self.weights_fingerprint,
             architecture=self.architecture,
@@ -127,7 +134,7 @@ class ServedModel:
         first = self._sampling(sampling, proto.response, seed)
         _check_choice(first, stopping)
         others = replace(first, num_prompt_logprobs=None)
-        arrived = time.monotonic_ns()
+        arrived, num_bytes = time.monotonic_ns(), proto.ByteSize()
         return [
             Request(
                 request_id=metadata.request_id,
@@ -139,6 +146,8 @@ class ServedModel:
                 priority=metadata.priority,
                 tenant=metadata.tenant or "",
                 deadline=deadline,
+                cache_salt=proto.cache_salt if proto.HasField("cache_salt") else None,
+                num_bytes=num_bytes,
             )
             for index in range(sampling.n if sampling.HasField("n") else 1)
         ]

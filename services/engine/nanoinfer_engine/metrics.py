@@ -33,10 +33,17 @@ _OUTCOMES = {
     FinishReason.DEADLINE: "error",
     FinishReason.CANCELLED: "cancelled",
 }
-_REJECTIONS = {"requests": "max_num_queued_reqs", "tokens": "max_num_queued_tokens"}
+_REJECTIONS = {
+    "requests": "max_num_queued_reqs",
+    "tokens": "max_num_queued_tokens",
+    "bytes": "max_num_queued_bytes",
+}
 # The engine's own names, and what the world calls them.
 _COUNTERS = {
-    "prompt_tokens": (names.PROMPT_TOKENS, "Prompt tokens computed."),
+    "prompt_tokens": (names.PROMPT_TOKENS, "Prompt tokens computed or cached."),
+    "cached_tokens": (names.PROMPT_TOKENS_CACHED, "Prompt tokens from the prefix cache."),
+    "cache_queries": (names.PREFIX_CACHE_QUERIES, "Tokens looked up in the prefix cache."),
+    "cache_hits": (names.PREFIX_CACHE_HITS, "Tokens found in the prefix cache."),
     "completion_tokens": (names.GENERATION_TOKENS, "Completion tokens produced."),
     "preemptions": (names.NUM_PREEMPTIONS, "Times a request had to give its blocks up."),
 }

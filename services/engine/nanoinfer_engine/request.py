@@ -165,6 +165,9 @@ class Request:
     names (preempted, resumed) with monotonic nanoseconds, the first MAX_EVENTS of them.
     `token_counts` is there where penalties are; `prompt_logprobs` has one entry for each prompt
     token but the first, as far as they are computed, where they are asked for.
+    `block_names` names the contents of full blocks in order; `num_cached_tokens` says how many
+    prompt tokens came from the prefix cache, None where it was not asked. `num_bytes` is what the
+    request takes in the queue. Without `cache_salt` the tenant separates prefix-cache entries.
     Invariant: 0 <= num_computed_tokens <= num_tokens.
     """
 
@@ -177,11 +180,15 @@ class Request:
     priority: int = 0
     tenant: str = ""
     deadline: int | None = None
+    cache_salt: str | None = None
+    num_bytes: int = 0
     # owned by the scheduler
     arrival_number: int = 0
     completion_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_names: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int | None = None
     num_preemptions: int = 0
     num_prefill_chunks: int = 0
     num_waiting_at_arrival: int = 0

@@ -3,9 +3,6 @@
 With `messages`, `telemetry` and `metrics` the only place of the engine that knows proto and grpc.
 Outputs that pile up leave as one message: a write slot is taken before a stream's buffer is
 emptied, and slots are few, so the busier the server, the more tokens a message carries.
-
-`cache_salt` is validated and then has nothing to separate: there is no prefix cache, and the
-feature is not announced.
 """
 
 from __future__ import annotations
@@ -105,6 +102,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             defaults=defaults,
             tokenizer_fingerprint=fingerprint,
             weights_fingerprint=bytes.fromhex(runner.weights_fingerprint),
+            caches_prefixes=self._settings.prefix_caching,
         )
         log.info(
             "model",
@@ -242,11 +240,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         return time.monotonic_ns() + int(seconds * 1e9)
 
     def _load(self) -> engine_pb2.EngineLoad:
-        load, config = self._engine.load, self._engine.config
-        is_full = (
-            load.num_waiting >= config.max_waiting_requests
-            or load.waiting_prompt_tokens >= config.max_waiting_tokens
-        )
+        load = self._engine.load
+        is_full = load.is_full(self._engine.config)
         state = engine_pb2.ADMISSION_STATE_FULL if is_full else engine_pb2.ADMISSION_STATE_OPEN
         if self._engine.refusal is not None or self._status.state != pb.SERVER_STATE_SERVING:
             state = engine_pb2.ADMISSION_STATE_CLOSED

@@ -30,7 +30,10 @@ def record_phases(stream: Stream, parent: SpanContext) -> None:
     scheduled, first_token = begin + phases.queue, begin + phases.queue + phases.prefill
     end = begin + phases.total
     waiting = {names.QUEUE_WAITING_AT_ARRIVAL: request.num_waiting_at_arrival}
-    chunks = {names.PREFILL_CACHED_TOKENS: 0, names.PREFILL_CHUNKS: request.num_prefill_chunks}
+    chunks = {
+        names.PREFILL_CACHED_TOKENS: request.num_cached_tokens or 0,
+        names.PREFILL_CHUNKS: request.num_prefill_chunks,
+    }
     spans: list[tuple[str, int, int, dict[str, int]]] = [
         (names.SPAN_QUEUE, begin, scheduled, waiting)
     ]

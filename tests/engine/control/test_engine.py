@@ -165,7 +165,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
         harness.runner.gate.set()
         results = await asyncio.gather(*(collect(stream) for stream in streams))
         assert all(r[-1].finish_reason is FinishReason.LENGTH for r in results)
-        assert harness.engine.rejections == {"requests": 1, "tokens": 0}
+        assert harness.engine.rejections == {"requests": 1, "tokens": 0, "bytes": 0}
 
 
 async def test_a_burst_in_one_tick_admits_exactly_the_bound() -> None:

@@ -281,7 +281,7 @@ async def test_priority_comes_from_metadata(start_fake: StartFake) -> None:
             for row in batch.rows
             if row.start == 0
         ]
-        assert starts == [50, 70, 60]
+        assert starts == [50, 70, 50, 60]  # the urgent one takes the only row
 
 
 async def test_a_drain_finishes_streams_and_refuses_new_ones(start_fake: StartFake) -> None:
