@@ -9,22 +9,23 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from nanoinfer import options
+from nanoinfer import queries
 from nanoinfer.calls import Call
-from nanoinfer.options import CallOptions, Message, Options, Prompt
-from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc
+from nanoinfer.options import Message, Options, Prompt
+from nanoinfer.queries import Query, Result
+from nanoinfer.results import Completion
+from nanoinfer.v1 import gateway_pb2_grpc
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 300.0
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 SERVICE = "nanoinfer.v1.GatewayService"
-
 RETRY_POLICY = {
     "maxAttempts": 3,
     "initialBackoff": "0.1s",
@@ -44,14 +45,13 @@ def package_version() -> str:
 
 def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple[str, str | int]]:
     """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway."""
+    method_config = {
+        "name": [{"service": SERVICE}],
+        "waitForReady": wait_for_ready,
+        "retryPolicy": RETRY_POLICY,
+    }
     service_config = {
-        "methodConfig": [
-            {
-                "name": [{"service": SERVICE}],
-                "waitForReady": wait_for_ready,
-                "retryPolicy": RETRY_POLICY,
-            }
-        ],
+        "methodConfig": [method_config],
         "loadBalancingConfig": [{"round_robin": {}}],
         "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
         "healthCheckConfig": {"serviceName": ""},
@@ -102,21 +102,19 @@ class ClientBase:
         if port.isdecimal():
             self._attributes |= {"server.address": host.strip("[]"), "server.port": int(port)}
 
+    def _method(self, query: Query[Any]) -> Any:
+        return getattr(self._stub, query.method)
+
     def _open_stream(
         self, prompt: Prompt | Sequence[Message], settings: Options
-    ) -> tuple[Call, Any]:
-        options.check_names(settings, Options)
-        if options.is_conversation(prompt):
-            kind = gateway_pb2.GatewayServiceChatStreamRequest
-            chat = options.chat_request(prompt, settings, kind)
-            call = self._open("ChatStream", settings)
-            return call, call.invoke(self._stub.ChatStream, chat)
-        whole = gateway_pb2.GatewayServiceGenerateStreamRequest
-        request = options.generate_request(cast(Prompt, prompt), settings, whole)
-        call = self._open("GenerateStream", settings)
-        return call, call.invoke(self._stub.GenerateStream, request)
+    ) -> Call[Completion]:
+        query = queries.stream(prompt, settings)
+        call = self._call(query)
+        call.start(self._method(query))
+        return call
 
-    def _open(self, method: str, settings: CallOptions) -> Call:
+    def _call(self, query: Query[Result]) -> Call[Result]:
+        settings = query.settings
         request_id = settings.get("request_id") or str(uuid.uuid4())
         headers: dict[str, str | bytes] = {**self._metadata, **(settings.get("metadata") or {})}
         headers["x-request-id"] = request_id
@@ -125,17 +123,15 @@ class ClientBase:
         if (tenant := settings.get("tenant")) is not None:
             headers["x-nanoinfer-tenant"] = tenant
         _check(headers)
-        name = f"{SERVICE}/{method}"
-        span = self._tracer.start_span(
-            name,
-            kind=trace.SpanKind.CLIENT,
-            attributes={**self._attributes, "rpc.method": name},
-        )
+        name = f"{SERVICE}/{query.method}"
+        attributes = {**self._attributes, "rpc.method": name}
+        span = self._tracer.start_span(name, kind=trace.SpanKind.CLIENT, attributes=attributes)
         carrier: dict[str, str] = {}
         TraceContextTextMapPropagator().inject(carrier, trace.set_span_in_context(span))
         metadata = (*headers.items(), *carrier.items())
         timeout = settings.get("timeout")
-        return Call(self._timeout if timeout is None else timeout, metadata, request_id, span)
+        timeout = self._timeout if timeout is None else timeout
+        return Call(query, timeout, metadata, request_id, span)
 
 
 def _check(metadata: Mapping[str, str | bytes]) -> None:

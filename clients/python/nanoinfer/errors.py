@@ -1,24 +1,14 @@
-"""What can go wrong, as typed exceptions.
+"""What can go wrong, as typed exceptions: one class for each thing that a caller would do about it.
 
-    NanoInferError
-    ├ InvalidRequest       INVALID_ARGUMENT, OUT_OF_RANGE     change the request
-    ├ NotFound             NOT_FOUND                          no such model
-    ├ Unsupported          UNIMPLEMENTED                      the server lacks the feature
-    ├ PreconditionFailed   FAILED_PRECONDITION                not in this set-up
-    ├ Overloaded           RESOURCE_EXHAUSTED                 wait `retry_after`, then try again
-    ├ Unavailable          UNAVAILABLE                        no server, or it is going away
-    ├ DeadlineExceeded     DEADLINE_EXCEEDED                  `timeout` passed
-    ├ Cancelled            CANCELLED                          somebody cancelled the call
-    ├ PermissionDenied     UNAUTHENTICATED, PERMISSION_DENIED
-    └ ServerError          everything else                    a fault of the server
-
-The details are those of `google.rpc`: ErrorInfo, BadRequest, RetryInfo.
+Every class is a `NanoInferError`; `_CLASSES` says which status becomes which. The details are those
+of `google.rpc`: ErrorInfo, BadRequest, RetryInfo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -27,8 +17,6 @@ from google.rpc import error_details_pb2, status_pb2
 
 if TYPE_CHECKING:
     from nanoinfer.results import Completion
-
-STATUS_DETAILS = "grpc-status-details-bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +27,7 @@ class Violation:
     description: str
 
 
+@dataclass(eq=False, repr=False)
 class NanoInferError(Exception):
     """A call that did not succeed.
 
@@ -47,29 +36,16 @@ class NanoInferError(Exception):
     delivered before it broke. `request_id` and `trace_id` lead to the server's logs and spans.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: grpc.StatusCode,
-        reason: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-        violations: tuple[Violation, ...] = (),
-        retry_after: float | None = None,
-        request_id: str | None = None,
-        trace_id: str | None = None,
-        partial: Completion | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.code = code
-        self.reason = reason
-        self.metadata = dict(metadata or {})
-        self.violations = violations
-        self.retry_after = retry_after
-        self.request_id = request_id
-        self.trace_id = trace_id
-        self.partial = partial
+    message: str
+    _: KW_ONLY
+    code: grpc.StatusCode
+    reason: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: tuple[Violation, ...] = ()
+    retry_after: float | None = None
+    request_id: str | None = None
+    trace_id: str | None = None
+    partial: Completion | None = None
 
     def __str__(self) -> str:
         label = self.code.name if self.reason is None else f"{self.code.name} ({self.reason})"
@@ -131,51 +107,29 @@ _CLASSES: dict[grpc.StatusCode, type[NanoInferError]] = {
 }
 
 
-def from_status(
-    code: grpc.StatusCode,
-    message: str,
-    trailing_metadata: Iterable[tuple[str, str | bytes]],
-    request_id: str | None = None,
-    partial: Completion | None = None,
-) -> NanoInferError:
-    """Builds the exception of a status. Details that do not parse are left out."""
-    reason, metadata, retry_after = None, None, None
-    violations: tuple[Violation, ...] = ()
-    trailing = [(str(key), value) for key, value in trailing_metadata]
-    for detail in _details(trailing):
-        info = error_details_pb2.ErrorInfo()
-        retry = error_details_pb2.RetryInfo()
-        bad = error_details_pb2.BadRequest()
-        if detail.Unpack(info):
-            reason, metadata = info.reason or None, info.metadata
-        elif detail.Unpack(retry):
-            retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-        elif detail.Unpack(bad):
-            violations = tuple(Violation(v.field, v.description) for v in bad.field_violations)
-    return _CLASSES.get(code, ServerError)(
-        message,
-        code=code,
-        reason=reason,
-        metadata=metadata,
-        violations=violations,
-        retry_after=retry_after,
+def from_status(status: Any, request_id: str, partial: Completion | None) -> NanoInferError:
+    """Builds the exception of a grpc.RpcError. Details that do not parse are left out."""
+    trailing = {key: value for key, value in status.trailing_metadata() or ()}
+    details = status_pb2.Status()
+    with suppress(DecodeError):
+        details.ParseFromString(trailing.get("grpc-status-details-bin", b""))
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    for detail in details.details:
+        for kind in (info, bad, retry):
+            detail.Unpack(kind)
+    return _CLASSES.get(status.code(), ServerError)(
+        status.details() or "",
+        code=status.code(),
+        reason=info.reason or None,
+        metadata=dict(info.metadata),
+        violations=tuple(Violation(v.field, v.description) for v in bad.field_violations),
+        retry_after=(
+            retry.retry_delay.ToTimedelta().total_seconds()
+            if retry.HasField("retry_delay")
+            else None
+        ),
         request_id=request_id,
-        trace_id=trace_id(trailing),
+        trace_id=trailing.get("x-trace-id"),
         partial=partial,
     )
-
-
-def trace_id(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-    """The trace of a call, where the server named it."""
-    found = (value for key, value in trailing_metadata if key == "x-trace-id")
-    return next((value for value in found if isinstance(value, str)), None)
-
-
-def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> list[Any]:
-    for key, value in trailing_metadata:
-        if key == STATUS_DETAILS and isinstance(value, bytes):
-            try:
-                return list(status_pb2.Status.FromString(value).details)
-            except DecodeError:
-                return []
-    return []

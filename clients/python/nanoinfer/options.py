@@ -1,4 +1,4 @@
-"""Keyword options of every call, and the requests built from them.
+"""Keyword options of every call, and the message built from them.
 
 An option that is absent or None is absent on the wire: the server's published default holds. A zero
 is a zero. The option names are the contract's field names; `nanoinfer/v1/generation.proto` says
@@ -8,24 +8,13 @@ carry is refused, with TypeError or ValueError.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeGuard, TypeVar
+from typing import Any, TypedDict
 
 from google.protobuf.message import Message as ProtoMessage
 
-from nanoinfer.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
+from nanoinfer.v1 import gateway_pb2
 
-Metadata = tuple[tuple[str, str | bytes], ...]
 Prompt = str | Sequence[int]
-PromptRequest = TypeVar(
-    "PromptRequest",
-    gateway_pb2.GatewayServiceGenerateRequest,
-    gateway_pb2.GatewayServiceGenerateStreamRequest,
-)
-ChatRequest = TypeVar(
-    "ChatRequest",
-    gateway_pb2.GatewayServiceChatRequest,
-    gateway_pb2.GatewayServiceChatStreamRequest,
-)
 
 
 class Message(TypedDict):
@@ -94,92 +83,39 @@ def check_names(options: Mapping[str, object], known: type) -> None:
 
 def generation_options(options: Options) -> gateway_pb2.GenerationOptions:
     """The contract's message; nothing in it is set that `options` leaves out."""
+    check_names(options, Options)
     message = gateway_pb2.GenerationOptions()
-    _fill(message, options, skip=("sampling", "stopping", "response", "structured_output"))
-    for part in (message.sampling, message.stopping, message.response):
+    for part in (message, message.sampling, message.stopping, message.response):
         _fill(part, options)
-    _constrain(message.structured_output, options)
+    _fill(message.structured_output, _shape(options))
     return message
 
 
-def generate_request(prompt: Prompt, options: Options, kind: type[PromptRequest]) -> PromptRequest:
-    """A prompt's request, as text or as ids."""
-    settings = generation_options(options)
-    if isinstance(prompt, str):
-        return kind(text=prompt, options=settings)
-    return kind(token_ids=generation_pb2.TokenIds(ids=prompt), options=settings)
+def _shape(options: Options) -> dict[str, object]:
+    """The one forced shape, as the contract's field has it."""
+    schema, choices = options.get("json_schema"), options.get("choices")
+    shapes: dict[str, object] = {
+        "json_schema": json.dumps(schema) if isinstance(schema, Mapping) else schema,
+        "json_object": {} if options.get("json_object") else None,
+        "regex": options.get("regex"),
+        "grammar": options.get("grammar"),
+        "choices": None if choices is None else {"values": choices},
+    }
+    given = [name for name, value in shapes.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"at most one shape can be forced, not {' and '.join(given)}")
+    return shapes
 
 
-def chat_request(
-    messages: Sequence[Message], options: Options, kind: type[ChatRequest]
-) -> ChatRequest:
-    """A conversation's request."""
-    return kind(messages=chat_messages(messages), options=generation_options(options))
-
-
-def count_request(
-    text_or_messages: str | Sequence[Message], model: str | None
-) -> gateway_pb2.GatewayServiceCountTokensRequest:
-    """A request to count."""
-    request = gateway_pb2.GatewayServiceCountTokensRequest(model=model)
-    if isinstance(text_or_messages, str):
-        request.text = text_or_messages
-    else:
-        request.conversation.messages.extend(chat_messages(text_or_messages))
-        request.conversation.SetInParent()
-    return request
-
-
-def is_conversation(prompt: Prompt | Sequence[Message]) -> TypeGuard[Sequence[Message]]:
-    """Tells messages from a text or ids."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def chat_messages(messages: Sequence[Message]) -> list[tokenizer_pb2.ChatMessage]:
-    """Messages as the contract has them."""
-    if isinstance(messages, str):
-        raise TypeError("a conversation is a sequence of {'role', 'content'}, not a string")
-    return [_chat_message(message) for message in messages]
-
-
-def _chat_message(message: Message) -> tokenizer_pb2.ChatMessage:
-    content = message["content"]
-    texts = [content] if isinstance(content, str) else content
-    parts = [tokenizer_pb2.ContentPart(text=text) for text in texts]
-    return tokenizer_pb2.ChatMessage(role=message["role"], content=parts)
-
-
-def _fill(message: ProtoMessage, options: Mapping[str, Any], skip: Sequence[str] = ()) -> None:
+def _fill(message: ProtoMessage, options: Mapping[str, Any]) -> None:
     for field in message.DESCRIPTOR.fields:
         value = options.get(field.name)
-        if value is None or field.name in skip:
+        if value is None:
             continue
+        if field.is_repeated and isinstance(value, str):
+            value = [value]
         try:
-            if not field.is_repeated:
-                setattr(message, field.name, value)
-            elif isinstance(value, Mapping):
-                getattr(message, field.name).update(value)
-            else:
-                getattr(message, field.name).extend([value] if isinstance(value, str) else value)
+            message.MergeFrom(type(message)(**{field.name: value}))
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{field.name}: {error}") from None
-
-
-def _constrain(message: generation_pb2.StructuredOutput, options: Options) -> None:
-    names = ("json_schema", "json_object", "regex", "grammar", "choices")
-    given = [name for name in names if options.get(name) not in (None, False)]
-    if len(given) > 1:
-        raise ValueError(f"at most one shape can be forced, not {' and '.join(given)}")
-    if not given:
-        return
-    schema = options.get("json_schema")
-    if options.get("json_object"):
-        message.json_object.SetInParent()
-    elif (values := options.get("choices")) is not None:
-        message.choices.values.extend(values)
-        message.choices.SetInParent()
-    elif isinstance(schema, Mapping):
-        message.json_schema = json.dumps(schema)
-    else:
-        _fill(message, options, skip=("json_object", "choices"))
