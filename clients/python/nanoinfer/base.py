@@ -1,22 +1,25 @@
-"""What both clients are built from: the channel, the defaults of calls, the spans.
+"""What both clients are built from: the channel, a call and its span, the defaults of calls.
 
 A call's span is a CLIENT span of opentelemetry-api, a no-op without an SDK; its W3C context goes
 into the metadata. Baggage never leaves.
 """
 
+import asyncio
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from nanoinfer import queries
-from nanoinfer.calls import Call
+from nanoinfer.errors import NanoInferError, from_status
 from nanoinfer.options import Message, Options, Prompt
 from nanoinfer.queries import Query, Result
 from nanoinfer.results import Completion
@@ -26,6 +29,9 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 300.0
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 SERVICE = "nanoinfer.v1.GatewayService"
+_CLOSED = grpc.aio.AioRpcError(
+    grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "client closed", None
+)
 RETRY_POLICY = {
     "maxAttempts": 3,
     "initialBackoff": "0.1s",
@@ -64,6 +70,77 @@ def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.primary_user_agent", f"nanoinfer-python/{package_version()}"),
     ]
+
+
+@dataclass
+class Call(Generic[Result]):
+    """An RPC; `rpc` is gRPC's own object once it is under way. The first end ends the span."""
+
+    query: Query[Result]
+    timeout: float | None
+    metadata: tuple[tuple[str, str | bytes], ...]
+    request_id: str
+    span: trace.Span
+    trace_id: str | None = None
+    rpc: Any = field(init=False)
+
+    def start(self, method: Callable[..., Any]) -> None:
+        """Sends the request; a closed channel raises ValueError."""
+        try:
+            self.rpc = method(self.query.request, timeout=self.timeout, metadata=self.metadata)
+        except BaseException:
+            self._end(grpc.StatusCode.CANCELLED, None)
+            raise
+
+    @contextmanager
+    def receiving(self, partial: Callable[[], Any] = lambda: None) -> Iterator[None]:
+        """Ends the call where the block breaks; what gRPC raises becomes a NanoInferError.
+
+        gRPC reports a call that its client's end cancelled as if this task had been cancelled.
+        """
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                self.cancel()
+                raise
+            raise self._failed(_CLOSED, partial()) from None
+        except grpc.FutureCancelledError:
+            raise self._failed(_CLOSED, partial()) from None
+        except grpc.RpcError as error:
+            raise self._failed(error, partial()) from None
+        except BaseException:  # an interrupt, or the caller's own code
+            self.cancel()
+            raise
+
+    def succeed(self, trailing_metadata: Any) -> None:
+        """Ends the call as OK and keeps the server's trace id, where it named one."""
+        self._end(grpc.StatusCode.OK, None)
+        self.trace_id = next((v for k, v in trailing_metadata or () if k == "x-trace-id"), None)
+
+    def decode(self, response: Any) -> Result:
+        """What the response means."""
+        return self.query.decode(response, self.request_id, self.trace_id)
+
+    def cancel(self) -> None:
+        """Gives the call up where it is not over."""
+        self.rpc.cancel()
+        self._end(grpc.StatusCode.CANCELLED, None)
+
+    def _failed(self, status: Any, partial: Any) -> NanoInferError:
+        error = from_status(status, self.request_id, partial)
+        self._end(error.code, error.reason)
+        return error
+
+    def _end(self, code: grpc.StatusCode, reason: str | None) -> None:
+        if not self.span.is_recording():
+            return
+        self.span.set_attribute("rpc.response.status_code", code.name)
+        if code is not grpc.StatusCode.OK:
+            self.span.set_attribute("error.type", reason or code.name)
+            self.span.set_status(trace.StatusCode.ERROR)
+        self.span.end()
 
 
 class ClientBase:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Self, Unpack
 import grpc
 
 from nanoinfer import health, queries
-from nanoinfer.base import ClientBase
-from nanoinfer.calls import Call
+from nanoinfer.base import Call, ClientBase
 from nanoinfer.options import CallOptions, Message, Options, Prompt
 from nanoinfer.queries import Query, Result
 from nanoinfer.results import Completion

@@ -1,7 +1,7 @@
 """What can go wrong, as typed exceptions: one class for each thing that a caller would do about it.
 
-Every class is a `NanoInferError`; `_CLASSES` says which status becomes which. The details are those
-of `google.rpc`: ErrorInfo, BadRequest, RetryInfo.
+Every class is a `NanoInferError` and names the statuses that become it; the rest are `ServerError`.
+The details are those of `google.rpc`: ErrorInfo, BadRequest, RetryInfo.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
+from grpc import StatusCode as Code
 
 if TYPE_CHECKING:
     from nanoinfer.results import Completion
@@ -27,6 +27,9 @@ class Violation:
     description: str
 
 
+_CLASSES: dict[Code, type[NanoInferError]] = {}
+
+
 @dataclass(eq=False, repr=False)
 class NanoInferError(Exception):
     """A call that did not succeed.
@@ -38,7 +41,7 @@ class NanoInferError(Exception):
 
     message: str
     _: KW_ONLY
-    code: grpc.StatusCode
+    code: Code
     reason: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     violations: tuple[Violation, ...] = ()
@@ -47,64 +50,52 @@ class NanoInferError(Exception):
     trace_id: str | None = None
     partial: Completion | None = None
 
+    def __init_subclass__(cls, codes: tuple[Code, ...] = ()) -> None:
+        _CLASSES.update(dict.fromkeys(codes, cls))
+
     def __str__(self) -> str:
         label = self.code.name if self.reason is None else f"{self.code.name} ({self.reason})"
         return f"{label}: {self.message}"
 
 
-class InvalidRequest(NanoInferError):
+class InvalidRequest(NanoInferError, codes=(Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE)):
     """The request breaks a rule; `violations` names the fields."""
 
 
-class NotFound(NanoInferError):
+class NotFound(NanoInferError, codes=(Code.NOT_FOUND,)):
     """The model does not exist here."""
 
 
-class Unsupported(NanoInferError):
+class Unsupported(NanoInferError, codes=(Code.UNIMPLEMENTED,)):
     """The server does not have the feature that the request asks for."""
 
 
-class PreconditionFailed(NanoInferError):
+class PreconditionFailed(NanoInferError, codes=(Code.FAILED_PRECONDITION,)):
     """The server is not set up for it: a feature is switched off, there is no chat template."""
 
 
-class Overloaded(NanoInferError):
+class Overloaded(NanoInferError, codes=(Code.RESOURCE_EXHAUSTED,)):
     """The server is full; `retry_after` says when to try again."""
 
 
-class Unavailable(NanoInferError):
+class Unavailable(NanoInferError, codes=(Code.UNAVAILABLE,)):
     """Nobody answers, or the server is starting or ending."""
 
 
-class DeadlineExceeded(NanoInferError):
+class DeadlineExceeded(NanoInferError, codes=(Code.DEADLINE_EXCEEDED,)):
     """The call took longer than its `timeout`."""
 
 
-class Cancelled(NanoInferError):
+class Cancelled(NanoInferError, codes=(Code.CANCELLED,)):
     """The call was cancelled by somebody else than the code that waits for it."""
 
 
-class PermissionDenied(NanoInferError):
+class PermissionDenied(NanoInferError, codes=(Code.UNAUTHENTICATED, Code.PERMISSION_DENIED)):
     """The credentials are missing, wrong or not enough."""
 
 
 class ServerError(NanoInferError):
     """The server failed; its log has the details under `request_id`."""
-
-
-_CLASSES: dict[grpc.StatusCode, type[NanoInferError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
-    grpc.StatusCode.NOT_FOUND: NotFound,
-    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
-    grpc.StatusCode.FAILED_PRECONDITION: PreconditionFailed,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
-    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
-}
 
 
 def from_status(status: Any, request_id: str, partial: Completion | None) -> NanoInferError:
@@ -118,17 +109,14 @@ def from_status(status: Any, request_id: str, partial: Completion | None) -> Nan
     for detail in details.details:
         for kind in (info, bad, retry):
             detail.Unpack(kind)
+    retry_after = retry.retry_delay.ToTimedelta().total_seconds()
     return _CLASSES.get(status.code(), ServerError)(
         status.details() or "",
         code=status.code(),
         reason=info.reason or None,
         metadata=dict(info.metadata),
         violations=tuple(Violation(v.field, v.description) for v in bad.field_violations),
-        retry_after=(
-            retry.retry_delay.ToTimedelta().total_seconds()
-            if retry.HasField("retry_delay")
-            else None
-        ),
+        retry_after=retry_after if retry.HasField("retry_delay") else None,
         request_id=request_id,
         trace_id=trailing.get("x-trace-id"),
         partial=partial,

@@ -8,7 +8,7 @@ carry is refused, with TypeError or ValueError.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from google.protobuf.message import Message as ProtoMessage
 
@@ -25,54 +25,49 @@ class Message(TypedDict):
 
 
 class CallOptions(TypedDict, total=False):
-    """What every call takes: `timeout` in seconds, `metadata` sent beside the request."""
+    """What every call takes. Beside its type an option has a group and a line of help."""
 
-    timeout: float | None
-    metadata: Mapping[str, str | bytes] | None
-    request_id: str | None
-    priority: int | None
-    tenant: str | None
+    timeout: Annotated[float | None, "Request", "Seconds until the request is given up."]
+    metadata: Annotated[Mapping[str, str | bytes] | None, "Request", "KEY=VALUE sent along."]
+    request_id: Annotated[str | None, "Request", "Label of the request in logs and traces."]
+    priority: Annotated[int | None, "Request", "-100 to 100, higher first."]
+    tenant: Annotated[str | None, "Request", "Who asks."]
 
 
 class Options(CallOptions, total=False):
     """What every way of asking for a completion takes; at most one shape may be forced."""
 
-    # sampling
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
-    seed: int | None
-    n: int | None
-    logit_bias: Mapping[int, float] | None
-    allowed_token_ids: Sequence[int] | None
-    # stopping
-    max_tokens: int | None
-    min_tokens: int | None
-    stop: str | Sequence[str] | None
-    stop_token_ids: Sequence[int] | None
-    ignore_eos: bool | None
-    include_stop_in_output: bool | None
-    # response
-    logprobs: int | None
-    prompt_logprobs: int | None
-    logprob_token_ids: Sequence[int] | None
-    return_token_ids: bool | None
-    echo: bool | None
-    skip_special_tokens: bool | None
-    # shape
-    json_schema: str | Mapping[str, object] | None
-    json_object: bool | None
-    regex: str | None
-    grammar: str | None
-    choices: Sequence[str] | None
-    # envelope
-    model: str | None
-    truncate_prompt_tokens: int | None
-    cache_salt: str | None
+    temperature: Annotated[float | None, "Sampling", "0 is greedy, at most 2."]
+    top_p: Annotated[float | None, "Sampling", "Keep the likeliest tokens up to this probability."]
+    top_k: Annotated[int | None, "Sampling", "Keep this many tokens; 0 is off."]
+    min_p: Annotated[float | None, "Sampling", "Drop tokens below this share of the likeliest one."]
+    repetition_penalty: Annotated[float | None, "Sampling", "Above 1 makes repetition less likely."]
+    frequency_penalty: Annotated[float | None, "Sampling", "Penalty for each occurrence."]
+    presence_penalty: Annotated[float | None, "Sampling", "Penalty for having occurred."]
+    seed: Annotated[int | None, "Sampling", "Seed of the random numbers."]
+    n: Annotated[int | None, "Sampling", "Number of completions."]
+    logit_bias: Annotated[Mapping[int, float] | None, "Sampling", "ID=BIAS added to a logit."]
+    allowed_token_ids: Annotated[Sequence[int] | None, "Sampling", "Only these ids."]
+    max_tokens: Annotated[int | None, "Stopping", "Most tokens to produce."]
+    min_tokens: Annotated[int | None, "Stopping", "Tokens to produce before anything may end it."]
+    stop: Annotated[str | Sequence[str] | None, "Stopping", "String that ends the completion."]
+    stop_token_ids: Annotated[Sequence[int] | None, "Stopping", "Id that ends the completion."]
+    ignore_eos: Annotated[bool | None, "Stopping", "Treat end of sequence as an ordinary token."]
+    include_stop_in_output: Annotated[bool | None, "Stopping", "Leave what ended it in the output."]
+    logprobs: Annotated[int | None, "Response", "Log-probabilities and this many alternatives."]
+    prompt_logprobs: Annotated[int | None, "Response", "The same for the prompt's tokens."]
+    logprob_token_ids: Annotated[Sequence[int] | None, "Response", "Report these ids."]
+    return_token_ids: Annotated[bool | None, "Response", "Return token ids (with --json)."]
+    echo: Annotated[bool | None, "Response", "Put the prompt before the completion."]
+    skip_special_tokens: Annotated[bool | None, "Response", "Leave special tokens out of the text."]
+    json_schema: Annotated[str | Mapping[str, object] | None, "Shape", "JSON Schema of the output."]
+    json_object: Annotated[bool | None, "Shape", "Any JSON object."]
+    regex: Annotated[str | None, "Shape", "Regular expression that the output must match."]
+    grammar: Annotated[str | None, "Shape", "Grammar in Lark form."]
+    choices: Annotated[Sequence[str] | None, "Shape", "String that the output may be."]
+    model: Annotated[str | None, "Request", "Name of the served model."]
+    truncate_prompt_tokens: Annotated[int | None, "Request", "Keep this many last prompt ids."]
+    cache_salt: Annotated[str | None, "Request", "Separates prefix-cache entries."]
 
 
 def check_names(options: Mapping[str, object], known: type) -> None:

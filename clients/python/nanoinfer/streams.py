@@ -12,7 +12,7 @@ from typing import Any, Self
 import grpc
 
 from nanoinfer import results
-from nanoinfer.calls import Call
+from nanoinfer.base import Call
 from nanoinfer.errors import NanoInferError
 from nanoinfer.results import Completion, Delta
 from nanoinfer.v1 import gateway_pb2

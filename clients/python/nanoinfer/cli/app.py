@@ -40,6 +40,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 def up(settings: StackSettings, ports: Ports, json: Json = False) -> None:
     """Start tokenizer, engine and gateway here; Ctrl-C ends them.
 
+    The default model is NANOINFER_MODEL, else models/guide here or in this checkout.
     Other settings reach the services through their environment variables (NANOINFER_...).
     """
     stack = _load("nanoinfer.cli.stack")
@@ -209,7 +210,6 @@ def _load(module: str) -> Any:
 
 
 def _with_model(settings: StackSettings) -> StackSettings:
-    """Where none is given: `NANOINFER_MODEL`, else `models/guide` here or in this checkout."""
     named = os.environ.get("NANOINFER_MODEL")
     chosen = settings.model or (Path(named) if named else None)
     for root in (Path.cwd(), Path(__file__).resolve().parents[4]):

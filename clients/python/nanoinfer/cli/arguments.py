@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from opentelemetry.trace import TracerProvider
@@ -19,23 +19,18 @@ from opentelemetry.trace import TracerProvider
 from nanoinfer.base import DEFAULT_TARGET
 from nanoinfer.cli import console
 from nanoinfer.client import Client
+from nanoinfer.options import Options
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PromptArgument = Annotated[
     str | None, typer.Argument(help="The prompt; `-` or nothing reads standard input.")
 ]
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
-ConnectTimeout = Annotated[
-    float, typer.Option(min=0, help="Seconds to wait for the gateway to be ready.")
-]
+ConnectTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the gateway.")]
 Target = Annotated[str, typer.Option(help="The gateway's address.", envvar="NANOINFER_TARGET")]
-_Port = Annotated[int, typer.Option(min=0, max=65535, help="The gateway's port; 0: a free one.")]
-_SpansPort = Annotated[int, typer.Option(min=0, max=65535, help="The OTLP receiver's; 0: free.")]
-_MetricsPort = Annotated[
-    int | None,
-    typer.Option(min=0, max=65533, help="The gateway's /metrics; the others take the next two."),
-]
-_LogLevel = Literal["debug", "info", "warning", "error"]
+_Level = Literal["debug", "info", "warning", "error"]
+_Port = typer.Option(min=0, max=65535, help="Where to listen; 0 is a free port.")
+_MetricsPort = typer.Option(min=0, max=65533, help="First of three ports with /metrics.")
 
 
 @dataclass(frozen=True)
@@ -58,71 +53,21 @@ class Gateway:
 class StackSettings:
     """What to run on this machine; `commands` replaces the services' own."""
 
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Model directory or checkpoint; default NANOINFER_MODEL, models/guide."),
-    ] = None
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer of a model that brings none.")
-    ] = None
+    model: Annotated[Path | None, typer.Option(help="Model directory or checkpoint file.")] = None
+    tokenizer: Annotated[Path | None, typer.Option(help="Where the model brings none.")] = None
     threads: Annotated[int | None, typer.Option(min=1, help="The engine's CPU threads.")] = None
-    start_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds until all must be ready.")
-    ] = 300.0
-    log_level: Annotated[
-        _LogLevel | None, typer.Option(help="Show the services' logs from this level on.")
-    ] = None
+    start_timeout: Annotated[float, typer.Option(min=1, help="Seconds to get ready in.")] = 300.0
+    log_level: Annotated[_Level | None, typer.Option(help="Show logs from here on.")] = None
     commands: Mapping[str, Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where a stack listens; 0 is a free port."""
+    """Where the gateway and the span collector listen; metrics: gateway, tokenizer, engine."""
 
-    port: _Port = 50051
-    collector_port: _SpansPort = 0
-    metrics_port: _MetricsPort = None
-
-
-# name, type, panel of the help page, help
-_GENERATION: tuple[tuple[str, Any, str, str], ...] = (
-    ("max_tokens", int, "Stopping", "Most tokens to produce."),
-    ("min_tokens", int, "Stopping", "Tokens to produce before anything may end it."),
-    ("stop", list[str], "Stopping", "String that ends the completion; repeatable."),
-    ("stop_token_ids", list[int], "Stopping", "Id that ends the completion; repeatable."),
-    ("ignore_eos", bool, "Stopping", "Treat the end of sequence as an ordinary token."),
-    ("include_stop_in_output", bool, "Stopping", "Leave what ended it in the output."),
-    ("temperature", float, "Sampling", "0 is greedy, at most 2."),
-    ("top_p", float, "Sampling", "Keep the likeliest tokens up to this probability."),
-    ("top_k", int, "Sampling", "Keep this many tokens; 0 is off."),
-    ("min_p", float, "Sampling", "Drop tokens below this share of the likeliest one."),
-    ("repetition_penalty", float, "Sampling", "Above 1 makes repetition less likely."),
-    ("frequency_penalty", float, "Sampling", "Penalty for each occurrence."),
-    ("presence_penalty", float, "Sampling", "Penalty for having occurred."),
-    ("seed", int, "Sampling", "Seed of the random numbers."),
-    ("n", int, "Sampling", "Number of completions."),
-    ("logit_bias", list[str], "Sampling", "ID=BIAS added to a logit; repeatable."),
-    ("allowed_token_ids", list[int], "Sampling", "Only these ids; repeatable."),
-    ("logprobs", int, "Response", "Report log-probabilities and this many alternatives."),
-    ("prompt_logprobs", int, "Response", "The same for the prompt's tokens."),
-    ("logprob_token_ids", list[int], "Response", "Report these ids; repeatable."),
-    ("return_token_ids", bool, "Response", "Return token ids (with --json)."),
-    ("echo", bool, "Response", "Put the prompt before the completion."),
-    ("skip_special_tokens", bool, "Response", "Leave special tokens out of the text."),
-    ("json_schema", str, "Shape", "JSON Schema that the output must satisfy."),
-    ("json_object", bool, "Shape", "Any JSON object."),
-    ("regex", str, "Shape", "Regular expression that the output must match."),
-    ("grammar", str, "Shape", "Grammar in Lark form."),
-    ("choices", list[str], "Shape", "String that the output may be; repeatable."),
-    ("model", str, "Request", "Name of the served model."),
-    ("truncate_prompt_tokens", int, "Request", "Keep this many of the prompt's last ids."),
-    ("cache_salt", str, "Request", "Separates prefix-cache entries."),
-    ("request_id", str, "Request", "Label of the request in logs and traces."),
-    ("priority", int, "Request", "-100 to 100, higher first."),
-    ("tenant", str, "Request", "Who asks."),
-    ("timeout", float, "Request", "Seconds until the request is given up."),
-    ("metadata", list[str], "Request", "KEY=VALUE sent beside the request; repeatable."),
-)
+    port: Annotated[int, _Port] = 50051
+    collector_port: Annotated[int, _Port] = 0
+    metrics_port: Annotated[int | None, _MetricsPort] = None
 
 
 def verb(command: Callable[..., None]) -> Callable[..., None]:
@@ -132,7 +77,8 @@ def verb(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, tuple[Any, list[str]]] = {}
     for name, own in signature.parameters.items():
         if name == "options":
-            found = [_generation_flag(*row) for row in _GENERATION if row[0] not in parameters]
+            hints = get_type_hints(Options, include_extras=True)
+            found = [_generation_flag(n, h) for n, h in hints.items() if n not in parameters]
             groups[name] = (_options, [each.name for each in found])
         elif is_dataclass(own.annotation):
             found = _fields(own.annotation)
@@ -164,7 +110,16 @@ def _fields(group: Any) -> list[inspect.Parameter]:
     return [_flag(item.name, hints[item.name], item.default) for item in annotated]
 
 
-def _generation_flag(name: str, kind: Any, panel: str, text: str) -> inspect.Parameter:
+def _generation_flag(name: str, annotation: Any) -> inspect.Parameter:
+    union, panel, text = get_args(annotation)
+    kind: Any = get_args(union)[0]
+    for accepted in get_args(union):
+        if get_origin(accepted) is Sequence:
+            kind = list[get_args(accepted)[0]]  # type: ignore[misc]
+    if get_origin(kind) is Mapping:
+        kind = list[str]
+    if get_origin(kind) is list:
+        text = f"{text} Repeatable."
     word = name.replace("_", "-")
     words = f"--{word}/--no-{word}" if kind is bool else f"--{word}"
     option = typer.Option(words, help=text, rich_help_panel=panel, show_default=False)

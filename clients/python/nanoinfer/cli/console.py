@@ -15,14 +15,10 @@ from rich.status import Status
 
 from nanoinfer import errors
 
+_INVALID = (errors.InvalidRequest, errors.NotFound, errors.Unsupported, errors.PreconditionFailed)
 _EXIT_CODES: dict[type[errors.NanoInferError], int] = {
-    errors.Unavailable: 3,
-    errors.InvalidRequest: 4,
-    errors.NotFound: 4,
-    errors.Unsupported: 4,
-    errors.PreconditionFailed: 4,
-    errors.Overloaded: 5,
-    errors.DeadlineExceeded: 124,
+    **dict.fromkeys(_INVALID, 4),
+    **{errors.Unavailable: 3, errors.Overloaded: 5, errors.DeadlineExceeded: 124},
 }
 
 

@@ -3,8 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -40,15 +39,20 @@ def run(
 ) -> None:
     """Shows the answer, then its spans. A request that fails is drawn too, then raised."""
     completion, failure = None, None
-    with _tracer_provider(collector) as provider, gateway.connect(provider) as client:
-        try:
+    provider = _tracer_provider(collector)
+    try:
+        with gateway.connect(provider) as client:
             if as_json:
                 completion = open_stream(client, prompt, options).result()
             else:
                 completion = show(client, prompt, options, as_json)
-        except NanoInferError as error:
-            failure = error
+    except NanoInferError as error:
+        failure = error
+    finally:
+        provider.shutdown()
     trace_id = getattr(failure or completion, "trace_id", None)
+    if failure is not None and trace_id is None:
+        raise failure
     spans = _await_spans(collector, trace_id) if trace_id else []
     if as_json:
         found = {"trace_id": trace_id, "completion": completion, "spans": spans}
@@ -89,15 +93,11 @@ def _whole(spans: Sequence[Span]) -> bool:
     return services >= SERVICES and all(span.parent_id in known for span in spans)
 
 
-@contextmanager
-def _tracer_provider(collector: str) -> Iterator[TracerProvider]:
+def _tracer_provider(collector: str) -> TracerProvider:
     """An SDK that sends this process's spans to the collector; a lost span is no failure here."""
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     resource = Resource({"service.name": "nanoinfer-cli"})
     provider = TracerProvider(resource=resource, sampler=ALWAYS_ON, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint=f"http://{collector}", insecure=True, timeout=2)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    try:
-        yield provider
-    finally:
-        provider.shutdown()
+    return provider
