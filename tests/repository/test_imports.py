@@ -44,7 +44,16 @@ ALLOWED = {
     "gateway/nanoinfer_gateway": {"nanoinfer_gateway", *SERVICE},
 }
 TORCH_FREE = {"scheduler", "blocks", "batch", "request", "config"}
-EDGE = {"service", "messages", "statuses", "telemetry", "metrics", "settings", "__main__"}
+EDGE = {
+    "service",
+    "messages",
+    "answers",
+    "statuses",
+    "telemetry",
+    "metrics",
+    "settings",
+    "__main__",
+}
 
 
 def imported(path: Path) -> Iterator[str]:

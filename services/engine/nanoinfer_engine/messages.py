@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from nanoinfer.v1 import engine_pb2, generation_pb2
 from nanoinfer_common import errors, names
@@ -34,6 +35,8 @@ FEATURES = frozenset(
 )
 GREEDY_BELOW = 1e-5
 FINGERPRINT_BYTES = 32
+# The prompt's log-probabilities travel in one message, which may have 8 MiB: 64 bytes for each.
+MAX_PROMPT_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class ServedModel:
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         first = self._sampling(sampling, proto.response, seed)
         _check_choice(first, stopping)
+        _check_scores(first, len(prompt))
         others = replace(first, num_prompt_logprobs=None)
         arrived, num_bytes = time.monotonic_ns(), proto.ByteSize()
         return [
@@ -208,9 +212,26 @@ def _check_choice(sampling: SamplingOptions, stopping: StoppingOptions) -> None:
     """Raise INVALID_ARGUMENT where no id may be chosen until `min_tokens` is reached."""
     allowed = sampling.allowed_token_ids
     if allowed is not None and stopping.masked_token_ids(0).issuperset(allowed):
-        description = "must have an id that does not end the completion before min_tokens"
-        raise errors.invalid(
+        _refuse(
             names.INVALID_SAMPLING_PARAMS,
-            f"sampling.allowed_token_ids {description}",
-            Violation("sampling.allowed_token_ids", description),
+            "sampling.allowed_token_ids",
+            "must have an id that does not end the completion before min_tokens",
         )
+
+
+def _check_scores(sampling: SamplingOptions, num_prompt_tokens: int) -> None:
+    """Raise INVALID_ARGUMENT for more log-probabilities of the prompt than one message takes."""
+    if sampling.num_prompt_logprobs is None:
+        return
+    per_token = 1 + sampling.num_prompt_logprobs + len(sampling.logprob_token_ids)
+    if num_prompt_tokens * per_token > MAX_PROMPT_ENTRIES:
+        _refuse(
+            names.INVALID_RESPONSE_OPTIONS,
+            "response.prompt_logprobs",
+            f"asks for {num_prompt_tokens} x {per_token} entries; one answer has room for"
+            f" {MAX_PROMPT_ENTRIES}",
+        )
+
+
+def _refuse(reason: str, field: str, description: str) -> NoReturn:
+    raise errors.invalid(reason, f"{field} {description}", Violation(field, description))

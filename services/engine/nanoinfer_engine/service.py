@@ -1,6 +1,6 @@
 """EngineService: proto in, proto out, one stream for each request; plus load and description.
 
-With `messages`, `telemetry` and `metrics` the only place of the engine that knows proto and grpc.
+With `messages`, `answers`, `telemetry` and `metrics` the only place that knows proto and grpc.
 Outputs that pile up leave as one message: a write slot is taken before a stream's buffer is
 emptied, and slots are few, so the busier the server, the more tokens a message carries.
 """
