@@ -43,7 +43,8 @@ ALLOWED = {
     },
     "gateway/nanoinfer_gateway": {"nanoinfer_gateway", *SERVICE},
 }
-TORCH_FREE = {"scheduler", "blocks", "batch", "request", "config"}
+TORCH_FREE = {"scheduler", "waiting", "plan", "rows", "block_tables", "blocks", "batch"}
+TORCH_FREE |= {"request", "config"}
 EDGE = {
     "service",
     "messages",
