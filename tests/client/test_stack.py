@@ -170,6 +170,19 @@ def test_a_second_signal_kills_what_does_not_end(events_file: Path) -> None:
     assert no_process_left(events_file)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a process to its parent")
+def test_killed_outright_it_leaves_nothing_behind(events_file: Path) -> None:
+    with supervisor({}) as process:
+        assert process.stdout is not None
+        assert "is ready at" in process.stdout.readline()
+        process.kill()
+        process.wait(10)
+        end = time.monotonic() + 10
+        while not no_process_left(events_file):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 def test_what_the_services_are_told(
     events_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

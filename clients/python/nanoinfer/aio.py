@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self, Unpack
 
 import grpc
 
 from nanoinfer import health, queries
 from nanoinfer.base import ClientBase
-from nanoinfer.options import CallOptions, Message, Options, Prompt
+from nanoinfer.options import CallOptions, Messages, Options, Prompt
 from nanoinfer.queries import Query, Result
 from nanoinfer.results import Completion
 from nanoinfer.streams import AsyncStream, Until
@@ -28,16 +28,12 @@ class AsyncClient(ClientBase):
         """`Client.generate`, awaited."""
         return await self._run(queries.generate(prompt, settings))
 
-    async def chat(self, messages: Sequence[Message], **settings: Unpack[Options]) -> Completion:
+    async def chat(self, messages: Messages, **settings: Unpack[Options]) -> Completion:
         """`Client.chat`, awaited."""
         return await self._run(queries.chat(messages, settings))
 
     def stream(
-        self,
-        prompt: Prompt | Sequence[Message],
-        *,
-        until: Until | None = None,
-        **settings: Unpack[Options],
+        self, prompt: Prompt | Messages, *, until: Until | None = None, **settings: Unpack[Options]
     ) -> AsyncStream:
         """`Client.stream`; the stream is what is awaited."""
         return AsyncStream(self._open_stream(prompt, settings), until)
@@ -63,7 +59,7 @@ class AsyncClient(ClientBase):
 
     async def count_tokens(
         self,
-        text_or_messages: str | Sequence[Message],
+        text_or_messages: str | Messages,
         *,
         model: str | None = None,
         **settings: Unpack[CallOptions],

@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from nanoinfer import queries
 from nanoinfer.errors import NanoInferError, from_status
-from nanoinfer.options import Message, Options, Prompt
+from nanoinfer.options import Messages, Options, Prompt
 from nanoinfer.queries import Query, Result
 from nanoinfer.results import Completion
 from nanoinfer.v1 import gateway_pb2_grpc
@@ -182,9 +182,7 @@ class ClientBase:
     def _method(self, query: Query[Any]) -> Any:
         return getattr(self._stub, query.method)
 
-    def _open_stream(
-        self, prompt: Prompt | Sequence[Message], settings: Options
-    ) -> Call[Completion]:
+    def _open_stream(self, prompt: Prompt | Messages, settings: Options) -> Call[Completion]:
         query = queries.stream(prompt, settings)
         call = self._call(query)
         call.start(self._method(query))

@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self, Unpack
 
 import grpc
 
 from nanoinfer import health, queries
 from nanoinfer.base import Call, ClientBase
-from nanoinfer.options import CallOptions, Message, Options, Prompt
+from nanoinfer.options import CallOptions, Messages, Options, Prompt
 from nanoinfer.queries import Query, Result
 from nanoinfer.results import Completion
 from nanoinfer.streams import Stream, Until
@@ -28,16 +28,12 @@ class Client(ClientBase):
         """Completes a prompt, given as text or as token ids."""
         return self._run(queries.generate(prompt, settings))
 
-    def chat(self, messages: Sequence[Message], **settings: Unpack[Options]) -> Completion:
+    def chat(self, messages: Messages, **settings: Unpack[Options]) -> Completion:
         """Answers a conversation."""
         return self._run(queries.chat(messages, settings))
 
     def stream(
-        self,
-        prompt: Prompt | Sequence[Message],
-        *,
-        until: Until | None = None,
-        **settings: Unpack[Options],
+        self, prompt: Prompt | Messages, *, until: Until | None = None, **settings: Unpack[Options]
     ) -> Stream:
         """Streams the answer to a conversation, where messages are given, else to a prompt.
 
@@ -77,7 +73,7 @@ class Client(ClientBase):
 
     def count_tokens(
         self,
-        text_or_messages: str | Sequence[Message],
+        text_or_messages: str | Messages,
         *,
         model: str | None = None,
         **settings: Unpack[CallOptions],

@@ -24,6 +24,9 @@ class Message(TypedDict):
     content: str | Sequence[str]
 
 
+Messages = Sequence[Message]
+
+
 class CallOptions(TypedDict, total=False):
     """What every call takes. Beside its type an option has a group and a line of help."""
 

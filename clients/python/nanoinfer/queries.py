@@ -1,12 +1,19 @@
 """What each method of the clients asks for, and how the response reads; both clients share it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from google.protobuf.message import Message as ProtoMessage
 
-from nanoinfer.options import CallOptions, Message, Options, Prompt, check_names, generation_options
+from nanoinfer.options import (
+    CallOptions,
+    Messages,
+    Options,
+    Prompt,
+    check_names,
+    generation_options,
+)
 from nanoinfer.results import Completion, completion
 from nanoinfer.v1 import gateway_pb2
 from nanoinfer.v1.generation_pb2 import ModelInfo, ServerInfo
@@ -30,16 +37,16 @@ def generate(prompt: Prompt, settings: Options) -> Query[Completion]:
     return _generation("Generate", kind, _prompt(prompt), settings)
 
 
-def chat(messages: Sequence[Message], settings: Options) -> Query[Completion]:
+def chat(messages: Messages, settings: Options) -> Query[Completion]:
     """Answers a conversation."""
     kind = gateway_pb2.GatewayServiceChatRequest
     return _generation("Chat", kind, {"messages": _messages(messages)}, settings)
 
 
-def stream(prompt: Prompt | Sequence[Message], settings: Options) -> Query[Completion]:
+def stream(prompt: Prompt | Messages, settings: Options) -> Query[Completion]:
     """Streams the answer to a conversation, where messages are given, else to a prompt."""
     if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
-        messages = {"messages": _messages(cast(Sequence[Message], prompt))}
+        messages = {"messages": _messages(cast(Messages, prompt))}
         kind = gateway_pb2.GatewayServiceChatStreamRequest
         return _generation("ChatStream", kind, messages, settings)
     whole = gateway_pb2.GatewayServiceGenerateStreamRequest
@@ -47,7 +54,7 @@ def stream(prompt: Prompt | Sequence[Message], settings: Options) -> Query[Compl
 
 
 def count_tokens(
-    text_or_messages: str | Sequence[Message], model: str | None, settings: CallOptions
+    text_or_messages: str | Messages, model: str | None, settings: CallOptions
 ) -> Query[int]:
     """Counts the tokens of a text or a conversation."""
     request = gateway_pb2.GatewayServiceCountTokensRequest(model=model)
@@ -98,7 +105,7 @@ def _prompt(prompt: Prompt) -> dict[str, Any]:
     return {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}}
 
 
-def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _messages(messages: Messages) -> list[dict[str, Any]]:
     if isinstance(messages, str):
         raise TypeError("a conversation is a sequence of {'role', 'content'}, not a string")
     found = []

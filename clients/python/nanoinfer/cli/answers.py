@@ -1,6 +1,6 @@
 """Shows answers: streamed text, JSON, and the conversation on a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -10,7 +10,7 @@ import typer
 from nanoinfer.cli import console
 from nanoinfer.client import Client
 from nanoinfer.errors import NanoInferError, Unavailable
-from nanoinfer.options import Message
+from nanoinfer.options import Message, Messages
 from nanoinfer.results import Completion
 from nanoinfer.streams import Stream
 
@@ -24,9 +24,7 @@ def conversation(text: str, system: str | None) -> list[Message]:
     return [*before, {"role": "user", "content": text}]
 
 
-def open_stream(
-    client: Client, prompt: str | Sequence[Message], options: Mapping[str, Any]
-) -> Stream:
+def open_stream(client: Client, prompt: str | Messages, options: Mapping[str, Any]) -> Stream:
     """Asks; what the wire cannot carry is a usage error."""
     try:
         return client.stream(prompt, **options)
@@ -35,7 +33,7 @@ def open_stream(
 
 
 def show(
-    client: Client, prompt: str | Sequence[Message], options: Mapping[str, Any], as_json: bool
+    client: Client, prompt: str | Messages, options: Mapping[str, Any], as_json: bool
 ) -> Completion:
     """Streams an answer to standard output and returns it; what broke is raised after its text."""
     several = (options.get("n") or 1) > 1

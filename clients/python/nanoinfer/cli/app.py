@@ -30,6 +30,7 @@ app = typer.Typer(
 _EXTRAS = {
     "tokenizer": ("tiktoken", "tokenizers", "jinja2"),
     "engine": ("torch", "numpy", "safetensors", "psutil"),
+    "all": ("opentelemetry.sdk", "opentelemetry.proto", "opentelemetry.exporter"),
     "gateway": ("grpc_health", "pydantic_settings", "structlog", "prometheus_client"),
 }
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -43,7 +44,8 @@ def up(settings: StackSettings, ports: Ports, json: Json = False) -> None:
     The default model is NANOINFER_MODEL, else models/guide here or in this checkout.
     Other settings reach the services through their environment variables (NANOINFER_...).
     """
-    stack = _load("nanoinfer.cli.stack")
+    _need("up", "all")
+    stack = import_module("nanoinfer.cli.stack")
     stack.run_until_told(_with_model(settings), ports, as_json=json)
 
 
@@ -73,7 +75,8 @@ def trace(
     if collector and not target:
         raise typer.BadParameter("--collector belongs to a --target")
     text = arguments.read_prompt(prompt)
-    tracing, stack = _load("nanoinfer.cli.tracing"), _load("nanoinfer.cli.stack")
+    _need("trace", "all")
+    tracing, stack = import_module("nanoinfer.cli.tracing"), import_module("nanoinfer.cli.stack")
     with stack.Interrupts() as interrupts, ExitStack() as exits:
         running = None if own else state.find(target)
         if running:
@@ -190,23 +193,16 @@ def serve(
     context: typer.Context,
 ) -> None:
     """Run one service; what follows its name goes to it (try `serve engine --help`)."""
-    missing = [package for package in _EXTRAS[service] if find_spec(package) is None]
-    if missing:
-        hint = f"pip install 'nanoinfer[{service}]'"
-        raise console.CommandError(f"serve {service} needs {', '.join(missing)}: {hint}")
+    _need(f"serve {service}", service)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", f"nanoinfer_{service}", *context.args])
 
 
-def _load(module: str) -> Any:
-    """A module that needs more than the `cli` extra; what is missing is named."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("opentelemetry"):
-            raise
-        hint = "pip install 'nanoinfer[all]'"
-        raise console.CommandError(f"up and trace need {error.name}: {hint}") from error
+def _need(what: str, extra: str) -> None:
+    """Names the packages that a verb needs beside the `cli` extra's, where they are missing."""
+    if missing := [package for package in _EXTRAS[extra] if find_spec(package) is None]:
+        hint = f"pip install 'nanoinfer[{extra}]'"
+        raise console.CommandError(f"{what} needs {', '.join(missing)}: {hint}")
 
 
 def _with_model(settings: StackSettings) -> StackSettings:

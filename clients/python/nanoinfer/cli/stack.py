@@ -227,12 +227,9 @@ class Stack:
 
     def _environment(self) -> dict[str, str]:
         """This process's, with every span going to the collector at once."""
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("OTEL_") or name == "OTEL_RESOURCE_ATTRIBUTES"
-        }
-        return kept | {
+        other = {name for name in os.environ if name.startswith("OTEL_")}
+        other -= {"OTEL_RESOURCE_ATTRIBUTES"}
+        return {name: os.environ[name] for name in os.environ.keys() - other} | {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{self._collector.address}",
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
             "OTEL_BSP_SCHEDULE_DELAY": "100",

@@ -20,7 +20,7 @@ from nanoinfer.cli.arguments import Gateway
 from nanoinfer.cli.collector import Span, fetch
 from nanoinfer.cli.waterfall import PLAIN_WIDTH, draw
 from nanoinfer.errors import NanoInferError
-from nanoinfer.options import Message
+from nanoinfer.options import Messages
 
 SERVICES = {"nanoinfer-gateway", "nanoinfer-tokenizer", "nanoinfer-engine"}
 SPANS_TIMEOUT = 5.0
@@ -32,7 +32,7 @@ QUIET_SECONDS_INCOMPLETE = 2.0
 def run(
     gateway: Gateway,
     collector: str,
-    prompt: str | Sequence[Message],
+    prompt: str | Messages,
     options: Mapping[str, Any],
     *,
     as_json: bool,
