@@ -182,7 +182,7 @@ class Scheduler:
     def _make_way(self) -> None:
         """Preempt lower priorities, the last in order first, if that lets the next one start.
 
-        It cannot go to and fro: what was preempted never preempts its elders in priority.
+        It cannot go back and forth: what was preempted never preempts its elders in priority.
         """
         if not self._waiting:
             return
