@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from nanoinfer_gateway.settings import GatewaySettings
 
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale.queues import Profile, Workload, calibration
-from benchmarks.scale.simulation import Installation, Simulation, outcome
+from benchmarks.scale.simulation import (
+    CONNECTION_AGE,
+    CPU_REQUEST,
+    GATEWAY_MAX_REQUESTS,
+    SCRAPE_SECONDS,
+    Installation,
+    Simulation,
+    outcome,
+)
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+K8S = Path(__file__).parents[2] / "deploy" / "k8s"
 
 
 @given(st.floats(0.1, 1e5), st.floats(1, 10))
@@ -69,3 +81,31 @@ def test_the_document_shows_what_the_program_prints() -> None:
     assert shown == scale.report(2), (
         "docs/scaling.md is old: python -m benchmarks.scale --write docs/scaling.md"
     )
+
+
+def test_the_model_runs_what_is_deployed() -> None:
+    """Constants that the simulation takes from the manifests and from the services' settings."""
+    for service in ("gateway", "tokenizer"):
+        (container,) = deployment("base", service)["containers"]
+        variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert container["resources"]["requests"]["cpu"] == f"{1000 * CPU_REQUEST:g}m"
+        assert variables["NANOINFER_MAX_CONNECTION_AGE_SECONDS"] == f"{CONNECTION_AGE:g}"
+        assert "NANOINFER_MAX_REQUESTS" not in variables
+    assert GatewaySettings.model_fields["max_requests"].default == GATEWAY_MAX_REQUESTS
+    monitors = (K8S / "components" / "prometheus-operator" / "pod-monitors.yaml").read_text()
+    for monitor in yaml.safe_load_all(monitors):
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["interval"] == f"{SCRAPE_SECONDS:g}s"
+    (container,) = deployment("components/gpu", "engine")["containers"]
+    variables = {entry["name"]: entry.get("value") for entry in container["env"]}
+    for name in ("8b-h200", "0.6b-h200"):
+        engine = calibration()["engines"][name]
+        assert variables["NANOINFER_MAX_BATCH_REQUESTS"] == str(engine["max_batch_requests"])
+        assert variables["NANOINFER_MAX_BATCH_TOKENS"] == str(engine["max_batch_tokens"])
+
+
+def deployment(folder: str, service: str) -> dict[str, Any]:
+    documents = yaml.safe_load_all((K8S / folder / f"{service}.yaml").read_text())
+    found: dict[str, Any] = next(d for d in documents if d["kind"] == "Deployment")
+    spec: dict[str, Any] = found["spec"]["template"]["spec"]
+    return spec
