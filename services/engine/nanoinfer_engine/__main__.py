@@ -9,12 +9,12 @@ import sys
 # machine with a busy neighbour that turns a step of 3 ms into 200 ms, so they shall soon sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from nanoinfer_common.config import parse_settings  # noqa: E402
-from nanoinfer_common.server import serve  # noqa: E402
+from nanoinfer_common.config import parse_settings
+from nanoinfer_common.server import serve
 
-from nanoinfer_engine.runner import ModelRunner  # noqa: E402
-from nanoinfer_engine.service import EngineService  # noqa: E402
-from nanoinfer_engine.settings import EngineSettings  # noqa: E402
+from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.service import EngineService
+from nanoinfer_engine.settings import EngineSettings
 
 
 def main() -> int:
