@@ -5,6 +5,7 @@ is not closed; a background task keeps that stream open and asks for the model a
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -199,11 +200,16 @@ class Replicas:
         raise not_found_model(name)
 
     def pick(self, model: str, tried: Collection[Replica] = ()) -> Replica:
-        """Return the least loaded serving replica of a model; NO_ENGINE where there is none."""
+        """Return the less loaded of two random serving replicas; NO_ENGINE where there is none.
+
+        Reports are up to 100 ms old: many gateways that all took the least loaded replica would
+        rush upon it together (Mitzenmacher, "The power of two choices", 2001).
+        """
         candidates = self._candidates(model, tried)
         if not candidates:
             raise _no_engine()
-        replica = min(candidates, key=lambda candidate: candidate.rank)
+        drawn = random.sample(candidates, min(2, len(candidates)))
+        replica = min(drawn, key=lambda candidate: candidate.rank)
         self._num_picks += 1
         replica.last_picked = self._num_picks
         return replica
