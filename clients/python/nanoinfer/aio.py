@@ -36,7 +36,8 @@ class AsyncClient(ClientBase):
         self, prompt: Prompt | Messages, *, until: Until | None = None, **settings: Unpack[Options]
     ) -> AsyncStream:
         """`Client.stream`; the stream is what is awaited."""
-        return AsyncStream(self._open_stream(prompt, settings), until)
+        query = queries.stream(prompt, settings)
+        return AsyncStream(self._start(query, self._method(query)), until)
 
     async def generate_batch(
         self, prompts: Iterable[Prompt], *, max_concurrency: int = 32, **settings: Unpack[Options]
@@ -111,8 +112,7 @@ class AsyncClient(ClientBase):
         await self.close()
 
     async def _run(self, query: Query[Result]) -> Result:
-        call = self._call(query)
-        call.start(self._method(query))
+        call = self._start(query, self._method(query))
         with call.receiving():
             response = await call.rpc
         call.succeed(await call.rpc.trailing_metadata())

@@ -18,11 +18,8 @@ import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from nanoinfer import queries
 from nanoinfer.errors import NanoInferError, from_status
-from nanoinfer.options import Messages, Options, Prompt
 from nanoinfer.queries import Query, Result
-from nanoinfer.results import Completion
 from nanoinfer.v1 import gateway_pb2_grpc
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -182,13 +179,7 @@ class ClientBase:
     def _method(self, query: Query[Any]) -> Any:
         return getattr(self._stub, query.method)
 
-    def _open_stream(self, prompt: Prompt | Messages, settings: Options) -> Call[Completion]:
-        query = queries.stream(prompt, settings)
-        call = self._call(query)
-        call.start(self._method(query))
-        return call
-
-    def _call(self, query: Query[Result]) -> Call[Result]:
+    def _start(self, query: Query[Result], method: Callable[..., Any]) -> Call[Result]:
         settings = query.settings
         request_id = settings.get("request_id") or str(uuid.uuid4())
         headers: dict[str, str | bytes] = {**self._metadata, **(settings.get("metadata") or {})}
@@ -206,7 +197,9 @@ class ClientBase:
         metadata = (*headers.items(), *carrier.items())
         timeout = settings.get("timeout")
         timeout = self._timeout if timeout is None else timeout
-        return Call(query, timeout, metadata, request_id, span)
+        call = Call(query, timeout, metadata, request_id, span)
+        call.start(method)
+        return call
 
 
 def _check(metadata: Mapping[str, str | bytes]) -> None:

@@ -39,7 +39,8 @@ class Client(ClientBase):
 
         `until` sees the text so far after each delta; True ends the stream and cancels the call.
         """
-        return Stream(self._open_stream(prompt, settings), until)
+        query = queries.stream(prompt, settings)
+        return Stream(self._start(query, self._method(query)), until)
 
     def generate_batch(
         self, prompts: Iterable[Prompt], *, max_concurrency: int = 32, **settings: Unpack[Options]
@@ -64,7 +65,7 @@ class Client(ClientBase):
                 slots.acquire()
                 if failed.is_set():
                     break
-                started.append(self._start(queries.generate(prompt, settings)))
+                started.append(self._future(queries.generate(prompt, settings)))
                 started[-1].rpc.add_done_callback(ended)
             return [_result(call) for call in started]
         finally:
@@ -123,12 +124,10 @@ class Client(ClientBase):
         self.close()
 
     def _run(self, query: Query[Result]) -> Result:
-        return _result(self._start(query))
+        return _result(self._future(query))
 
-    def _start(self, query: Query[Result]) -> Call[Result]:
-        call = self._call(query)
-        call.start(self._method(query).future)
-        return call
+    def _future(self, query: Query[Result]) -> Call[Result]:
+        return self._start(query, self._method(query).future)
 
 
 def _result(call: Call[Result]) -> Result:

@@ -6,14 +6,8 @@ from typing import Any, Generic, TypeVar, cast
 
 from google.protobuf.message import Message as ProtoMessage
 
-from nanoinfer.options import (
-    CallOptions,
-    Messages,
-    Options,
-    Prompt,
-    check_names,
-    generation_options,
-)
+from nanoinfer import options
+from nanoinfer.options import CallOptions, Messages, Options, Prompt
 from nanoinfer.results import Completion, completion
 from nanoinfer.v1 import gateway_pb2
 from nanoinfer.v1.generation_pb2 import ModelInfo, ServerInfo
@@ -90,14 +84,14 @@ def server_info(settings: CallOptions) -> Query[ServerInfo]:
 def _generation(
     method: str, kind: Callable[..., ProtoMessage], prompt: Mapping[str, Any], settings: Options
 ) -> Query[Completion]:
-    request = kind(**prompt, options=generation_options(settings))
+    request = kind(**prompt, options=options.generation_options(settings))
     return Query(method, request, settings, completion)
 
 
 def _plain(
     method: str, request: ProtoMessage, settings: CallOptions, read: Callable[[Any], Result]
 ) -> Query[Result]:
-    check_names(settings, CallOptions)
+    options.check_names(settings, CallOptions)
     return Query(method, request, settings, lambda response, *_: read(response))
 
 
