@@ -165,14 +165,16 @@ def changed(**engine: object) -> dict[str, Settings]:
 def step_rows() -> Iterable[list[object]]:
     """A load that jumps from 5 to 17 requests a second for 20 minutes, and back."""
     hpa = Installation(Profile("8b-h200"), LONG, SMALL, "hpa")
-    at_once = Rules(0, (("Percent", 100, 15), ("Pods", 4, 15)))
+    cautious = Rules(30, (("Percent", 50, 60), ("Pods", 2, 60)))
     earlier = Settings.load("engine").targets | {"running": 32.0}
     variants = {
         "fixed at 8": replace(hpa, scaler="none", replicas=LARGE),
         "HPA as deployed": hpa,
         "KEDA as deployed": replace(hpa, scaler="keda"),
         "HPA, engines start in 5 min": replace(hpa, engine_start=300.0),
-        "HPA, engines doubled every 15 s": replace(hpa, settings=changed(up=at_once)),
+        "HPA, 30 s window, half as many again a minute": replace(
+            hpa, settings=changed(up=cautious)
+        ),
         "HPA, running target 32": replace(hpa, settings=changed(targets=earlier)),
     }
     for name, installed in variants.items():
