@@ -222,12 +222,12 @@ class Generation:
         """One span for the whole stream, since one a token would cost more than the work."""
         if self._first_message_time is not None:
             record_span(
-                names.SPAN_DETOKENIZE,
+                "detokenize",
                 self._first_message_time,
                 time.time_ns(),
                 attributes={
-                    names.DETOKENIZE_SECONDS: completions.detokenize_ns / 1e9,
-                    names.STOP_MATCHED: completions.any_cut,
+                    "nanoinfer.detokenize.duration": completions.detokenize_ns / 1e9,
+                    "nanoinfer.stop.matched": completions.any_cut,
                 },
             )
 
