@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 PROMPT ?= What is a KV cache?
 
-.PHONY: help demo up test check proto release-contract bench model clean
+.PHONY: help demo up test check proto release-contract bench scale model clean
 help:            ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -67,6 +67,9 @@ release-contract: node_modules/.ready  ## record the contract that `buf breaking
 
 bench: $(VENV)/.run  ## measure tokens/s at 1, 8 and 32 streams, TTFT and the gateway's overhead here
 	$(BIN)/python benchmarks/serving.py --model models/guide
+
+scale: $(VENV)/.run  ## say how many replicas serve a load and how autoscaling does, by simulation
+	$(BIN)/python -m benchmarks.scale
 
 model: $(VENV)/.dev  ## train the demonstration model again (needs a GPU)
 	$(BIN)/python models/guide/train.py

@@ -47,12 +47,18 @@ class _Completion:
 class Completions:
     """Decodes, matches stop strings and merges. The seed must be set where there are stop strings.
 
+    `echo` is the prompt, as text or ids, that goes before every completion; empty for none.
+
     A completion that a stop string ended takes no more from the engine: its ids and
     log-probabilities go up to the token that completed the string, and so does its count.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, options: gateway_pb2.GenerationOptions, num_choices: int
+        self,
+        vocabulary: Vocabulary,
+        options: gateway_pb2.GenerationOptions,
+        num_choices: int,
+        echo: str | Sequence[int] = "",
     ) -> None:
         stopping, response = options.stopping, options.response
         skip = not response.HasField("skip_special_tokens") or response.skip_special_tokens
@@ -61,6 +67,7 @@ class Completions:
         self._return_ids = response.return_token_ids
         self._include_stop = stopping.include_stop_in_output
         self._seed = options.sampling.seed
+        self._echo = echo
         self._completions = [
             _Completion(
                 CompletionText(
@@ -125,6 +132,8 @@ class Completions:
         if message.HasField("prompt_info"):
             self._prompt_info = self._new_prompt_info = message.prompt_info
             self._fill_in(message.prompt_info.prompt_logprobs)
+            for index, completion in enumerate(self._completions):
+                self._add(index, completion.text.echo(self._echo))
         for delta in message.deltas:
             self._feed_delta(delta)
         for finish in message.finishes:

@@ -105,13 +105,14 @@ class Generation:
         that more merges the longer one waits for it. Raises ENGINE_LOST_MID_STREAM (metadata
         `outputTokens`) where tokens had come already, and what encoder and engines raise.
         """
-        prompt = await self._encode()
+        prompt = (await self._encode()).last(self._request.options.truncate_prompt_tokens)
         self._on_encoded(len(prompt.tokens.ids))
         request = self._request
         fingerprint = prompt.fingerprint or request.model.tokenizer_fingerprint or None
         vocabulary = await self._upstreams.vocabulary(fingerprint)
         options = _with_seed(request.options)
-        completions = Completions(vocabulary, options, request.num_choices)
+        echo = _echo(request, prompt)
+        completions = Completions(vocabulary, options, request.num_choices, echo)
         self.completions = completions
         reader = asyncio.create_task(
             self._read(_engine_request(request, options, prompt), completions)
@@ -146,7 +147,7 @@ class Generation:
     async def _read(
         self, request: engine_pb2.EngineServiceGenerateRequest, completions: Completions
     ) -> None:
-        """Feed the engine's messages in until its stream ends or a stop string ended all it does."""
+        """Feed the engine's messages in until its stream ends or a stop string ended all."""
         try:
             await self._read_messages(request, completions)
             if not completions.all_ended:
@@ -221,12 +222,12 @@ class Generation:
         """One span for the whole stream, since one a token would cost more than the work."""
         if self._first_message_time is not None:
             record_span(
-                names.SPAN_DETOKENIZE,
+                "detokenize",
                 self._first_message_time,
                 time.time_ns(),
                 attributes={
-                    names.DETOKENIZE_SECONDS: completions.detokenize_ns / 1e9,
-                    names.STOP_MATCHED: completions.any_cut,
+                    "nanoinfer.detokenize.duration": completions.detokenize_ns / 1e9,
+                    "nanoinfer.stop.matched": completions.any_cut,
                 },
             )
 
@@ -241,17 +242,27 @@ def _with_seed(options: gateway_pb2.GenerationOptions) -> gateway_pb2.Generation
     return seeded
 
 
+def _echo(request: GenerationRequest, prompt: EncodedPrompt) -> str | Sequence[int]:
+    """The prompt as it was given, or the ids to decode where no such text exists."""
+    if not request.options.response.echo:
+        return ""
+    given = request.prompt
+    return given if isinstance(given, str) and prompt.is_whole else prompt.tokens.ids
+
+
 def _engine_request(
     request: GenerationRequest, options: gateway_pb2.GenerationOptions, prompt: EncodedPrompt
 ) -> engine_pb2.EngineServiceGenerateRequest:
-    """The engine's request: the same messages, without the stop strings."""
+    """The engine's request: the same messages, without what is done here."""
     result = engine_pb2.EngineServiceGenerateRequest(
         prompt=prompt.tokens, request_id=request.request_id
     )
     for name in ("sampling", "stopping", "response", "structured_output"):
         if options.HasField(name):
             getattr(result, name).CopyFrom(getattr(options, name))
-    for name in ("model", "truncate_prompt_tokens", "cache_salt"):
+    if result.HasField("response"):
+        result.response.ClearField("echo")
+    for name in ("model", "cache_salt"):
         if options.HasField(name):
             setattr(result, name, getattr(options, name))
     if prompt.fingerprint:

@@ -32,38 +32,38 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         registry = self.registry
         self._requests = Counter(
-            names.GATEWAY_REQUESTS,
+            "nanoinfer_gateway_requests",
             "Requests by outcome: success, error, cancelled.",
             ("method", "outcome", "reason"),
             registry=registry,
         )
         self._inflight = Gauge(
-            names.GATEWAY_INFLIGHT, "Requests under way.", ("method",), registry=registry
+            "nanoinfer_gateway_inflight", "Requests under way.", ("method",), registry=registry
         )
         for method in _METHODS:
             # There from the start: autoscalers take an absent series for a fault.
             self._inflight.labels(method)
         self._rejections = Counter(
-            names.GATEWAY_ADMISSION_REJECTIONS,
+            "nanoinfer_gateway_admission_rejections",
             "Requests refused by admission, by the bound that was reached.",
             ("reason",),
             registry=registry,
         )
         self._first_token = Histogram(
-            names.GATEWAY_TIME_TO_FIRST_TOKEN_SECONDS,
+            "nanoinfer_gateway_time_to_first_token_seconds",
             "From a request's arrival to its first token.",
             buckets=TIME_TO_FIRST_TOKEN_BUCKETS,
             registry=registry,
         )
         self._duration = Histogram(
-            names.GATEWAY_REQUEST_DURATION_SECONDS,
+            "nanoinfer_gateway_request_duration_seconds",
             "From a request's arrival to its end.",
             ("method",),
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
         self._upstream = Histogram(
-            names.GATEWAY_UPSTREAM_DURATION_SECONDS,
+            "nanoinfer_gateway_upstream_duration_seconds",
             "Duration of calls to upstreams.",
             ("upstream",),
             buckets=(*RPC_BUCKETS, 30.0, 60.0, 120.0, 300.0),

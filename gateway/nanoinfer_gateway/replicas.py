@@ -5,6 +5,7 @@ is not closed; a background task keeps that stream open and asks for the model a
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -199,11 +200,16 @@ class Replicas:
         raise not_found_model(name)
 
     def pick(self, model: str, tried: Collection[Replica] = ()) -> Replica:
-        """Return the least loaded serving replica of a model; NO_ENGINE where there is none."""
+        """Return the less loaded of two random serving replicas; NO_ENGINE where there is none.
+
+        Reports are up to 100 ms old: many gateways that all took the least loaded replica would
+        rush upon it together (Mitzenmacher, "The power of two choices", 2001).
+        """
         candidates = self._candidates(model, tried)
         if not candidates:
             raise _no_engine()
-        replica = min(candidates, key=lambda candidate: candidate.rank)
+        drawn = random.sample(candidates, min(2, len(candidates)))
+        replica = min(drawn, key=lambda candidate: candidate.rank)
         self._num_picks += 1
         replica.last_picked = self._num_picks
         return replica
@@ -247,10 +253,9 @@ class Replicas:
 
 
 def _offered(model: generation_pb2.ModelInfo) -> generation_pb2.ModelInfo:
-    """The engine's description without what would be the gateway's part and is not offered."""
-    features = [feature for feature in model.features if feature != generation_pb2.FEATURE_ECHO]
-    del model.features[:]
-    model.features.extend(features)
+    """The engine's description with what the gateway does itself."""
+    own = (generation_pb2.FEATURE_ECHO, generation_pb2.FEATURE_TRUNCATE_PROMPT)
+    model.features.extend(each for each in own if each not in model.features)
     return model
 
 

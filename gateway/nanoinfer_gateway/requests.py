@@ -20,7 +20,7 @@ from nanoinfer_common.validation import (
 from nanoinfer_gateway.generation import GenerationRequest, Prompt
 from nanoinfer_gateway.replicas import Replicas
 from nanoinfer_gateway.settings import GatewaySettings
-from nanoinfer_gateway.upstreams import Call
+from nanoinfer_gateway.upstreams import Call, EncodedPrompt
 
 BYTES_PER_TOKEN_ID = 4
 
@@ -122,6 +122,8 @@ class RequestReader:
             truncate_prompt_tokens=given("truncate_prompt_tokens"),
             limits=limits,
         )
+        if isinstance(prompt, generation_pb2.TokenIds):
+            prompt = EncodedPrompt(prompt).last(options.truncate_prompt_tokens).tokens
         self.validate_prompt(prompt, limits)
 
 

@@ -1,18 +1,17 @@
 """The gen_ai attributes on the gateway's server span. No prompt and no completion text, ever."""
 
 from nanoinfer.v1 import gateway_pb2, generation_pb2
-from nanoinfer_common import names
 from opentelemetry.util.types import AttributeValue
 
 from nanoinfer_gateway.generation import Generation, GenerationRequest
 
 _SAMPLING = {
-    "seed": names.GEN_AI_REQUEST_SEED,
-    "temperature": names.GEN_AI_REQUEST_TEMPERATURE,
-    "top_p": names.GEN_AI_REQUEST_TOP_P,
-    "top_k": names.GEN_AI_REQUEST_TOP_K,
-    "frequency_penalty": names.GEN_AI_REQUEST_FREQUENCY_PENALTY,
-    "presence_penalty": names.GEN_AI_REQUEST_PRESENCE_PENALTY,
+    "seed": "gen_ai.request.seed",
+    "temperature": "gen_ai.request.temperature",
+    "top_p": "gen_ai.request.top_p",
+    "top_k": "gen_ai.request.top_k",
+    "frequency_penalty": "gen_ai.request.frequency_penalty",
+    "presence_penalty": "gen_ai.request.presence_penalty",
 }
 _MAX_INT = 2**63  # attributes are signed 64-bit integers, seeds are not
 _FINISH_REASONS = {
@@ -28,18 +27,18 @@ def request_attributes(
     options = request.options
     sampling = options.sampling
     attributes: dict[str, AttributeValue] = {
-        names.GEN_AI_OPERATION: operation,
-        names.GEN_AI_PROVIDER: "nanoinfer",
-        names.GEN_AI_REQUEST_MODEL: request.model.id,
-        names.GEN_AI_REQUEST_STREAM: is_stream,
-        names.GEN_AI_RESPONSE_ID: request.request_id,
-        names.GEN_AI_OUTPUT_TYPE: _output_type(options),
-        names.STOP_COUNT: len(options.stop),
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "nanoinfer",
+        "gen_ai.request.model": request.model.id,
+        "gen_ai.request.stream": is_stream,
+        "gen_ai.response.id": request.request_id,
+        "gen_ai.output.type": _output_type(options),
+        "nanoinfer.request.stop_count": len(options.stop),
     }
     if options.stopping.HasField("max_tokens"):
-        attributes[names.GEN_AI_REQUEST_MAX_TOKENS] = options.stopping.max_tokens
+        attributes["gen_ai.request.max_tokens"] = options.stopping.max_tokens
     if request.num_choices != 1:
-        attributes[names.GEN_AI_REQUEST_CHOICE_COUNT] = request.num_choices
+        attributes["gen_ai.request.choice.count"] = request.num_choices
     for field, name in _SAMPLING.items():
         if sampling.HasField(field):
             value = getattr(sampling, field)
@@ -55,15 +54,15 @@ def result_attributes(generation: Generation, model: str) -> dict[str, Attribute
     reasons = [_FINISH_REASONS.get(finish.reason, "error") for finish in completions.finishes]
     usage = generation.usage()
     attributes: dict[str, AttributeValue] = {
-        names.GEN_AI_RESPONSE_MODEL: model,
-        names.GEN_AI_FINISH_REASONS: [*reasons, *["abort"] * completions.num_unfinished],
-        names.GEN_AI_INPUT_TOKENS: usage.prompt_tokens,
-        names.GEN_AI_OUTPUT_TOKENS: usage.completion_tokens,
-        names.GEN_AI_CACHED_TOKENS: usage.cached_tokens,
-        names.GEN_AI_REASONING_TOKENS: usage.reasoning_tokens,
+        "gen_ai.response.model": model,
+        "gen_ai.response.finish_reasons": [*reasons, *["abort"] * completions.num_unfinished],
+        "gen_ai.usage.input_tokens": usage.prompt_tokens,
+        "gen_ai.usage.output_tokens": usage.completion_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+        "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens,
     }
     if generation.time_to_first_token_ns is not None:
-        attributes[names.GEN_AI_TIME_TO_FIRST_CHUNK] = generation.time_to_first_token_ns / 1e9
+        attributes["gen_ai.response.time_to_first_chunk"] = generation.time_to_first_token_ns / 1e9
     return attributes
 
 

@@ -133,6 +133,13 @@ class CompletionText:
         self.num_tokens = 0
         self.stop: str | None = None
 
+    def echo(self, prompt: str | Sequence[int]) -> str:
+        """Return the prompt's text, in which no stop string counts; for before the first `feed`.
+
+        A character that ids of the prompt begin and the completion ends goes out with the latter.
+        """
+        return prompt if isinstance(prompt, str) else self._decoder.feed(prompt)
+
     def feed(self, token_ids: Sequence[int]) -> str:
         """Return the text that may go out; looks at no id after the one that completes a match."""
         if self._matcher is None:

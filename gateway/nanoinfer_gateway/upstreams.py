@@ -7,8 +7,8 @@ is never sent twice at the same time.
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import grpc
 from google.protobuf.message import Message
@@ -57,11 +57,22 @@ class Call:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt's ids; `fingerprint` is the tokenizer's, None where the caller gave the ids."""
+    """A prompt's ids; `fingerprint` is the tokenizer's, None where the caller gave the ids.
+
+    `is_whole` is false where ids at its beginning were left out.
+    """
 
     tokens: generation_pb2.TokenIds
     fingerprint: bytes | None = None
     tokenize_ns: int = 0
+    is_whole: bool = True
+
+    def last(self, count: int) -> Self:
+        """Return the prompt with no more than its last `count` ids; 0 keeps all."""
+        if not 0 < count < len(self.tokens.ids):
+            return self
+        kept = generation_pb2.TokenIds(ids=self.tokens.ids[-count:])
+        return replace(self, tokens=kept, is_whole=False)
 
 
 def deadline_exceeded() -> ServiceError:

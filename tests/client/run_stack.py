@@ -6,8 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from nanoinfer.cli.console import verb
-from nanoinfer.cli.stack import StackSettings, run_until_told
+from nanoinfer.cli.arguments import Ports, StackSettings
+from nanoinfer.cli.console import guarded
+from nanoinfer.cli.stack import run_until_told
 from typer import Exit
 
 FAKE = Path(__file__).with_name("fake_service.py")
@@ -24,6 +25,6 @@ def commands(flags: dict[str, list[str]]) -> dict[str, list[str]]:
 if __name__ == "__main__":
     settings = StackSettings(Path("model"), commands=commands(json.loads(sys.argv[1])))
     try:
-        verb(run_until_told)(settings, as_json=False)
+        guarded(run_until_told)(settings, Ports(), as_json=False)
     except Exit as ended:
         sys.exit(ended.exit_code)

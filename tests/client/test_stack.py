@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 from nanoinfer.cli import state
+from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.cli.collector import Collector
 from nanoinfer.cli.console import CommandError
-from nanoinfer.cli.stack import Interrupts, Stack, StackSettings
+from nanoinfer.cli.stack import Interrupts, Stack
 from nanoinfer.cli.state import Running
 
 from tests.client.fake_gateway import Behaviour, running_gateway
@@ -169,15 +170,28 @@ def test_a_second_signal_kills_what_does_not_end(events_file: Path) -> None:
     assert no_process_left(events_file)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a process to its parent")
+def test_killed_outright_it_leaves_nothing_behind(events_file: Path) -> None:
+    with supervisor({}) as process:
+        assert process.stdout is not None
+        assert "is ready at" in process.stdout.readline()
+        process.kill()
+        process.wait(10)
+        end = time.monotonic() + 10
+        while not no_process_left(events_file):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 def test_what_the_services_are_told(
     events_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    settings = StackSettings(
-        Path("some/model"), Path("some/tokenizer"), 2, metrics_port=9000, commands=commands({})
-    )
-    with Interrupts() as interrupts, Stack(settings, interrupts) as stack:
-        assert stack._environment()["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://{stack.collector}"
+    settings = StackSettings(Path("some/model"), Path("some/tokenizer"), 2, commands=commands({}))
+    ports = Ports(metrics_port=9000)
+    with Interrupts() as interrupts, Stack(settings, interrupts, ports) as stack:
+        spans_to = stack._environment()["OTEL_EXPORTER_OTLP_ENDPOINT"]
+        assert spans_to == f"http://{stack.running.collector}"
         assert "OTEL_SDK_DISABLED" not in stack._environment()
     told = {event["name"]: " ".join(event["argv"][1:]) for event in events(events_file)}
     for name in ("tokenizer", "engine"):
@@ -200,7 +214,7 @@ def test_not_ready_in_time(events_file: Path) -> None:
     with (
         Interrupts() as interrupts,
         pytest.raises(CommandError, match=r"not ready within 2 s: .*engine loading"),
-        Stack(settings, interrupts),
+        Stack(settings, interrupts, Ports()),
     ):
         pass
     assert no_process_left(events_file)
@@ -210,7 +224,7 @@ def test_a_taken_collector_port() -> None:
     with Interrupts() as interrupts, Collector() as taken:
         port = int(taken.address.rpartition(":")[2])
         with pytest.raises(CommandError, match=f"cannot listen on port {port}"):
-            Stack(StackSettings(Path("m"), collector_port=port), interrupts)
+            Stack(StackSettings(Path("m")), interrupts, Ports(collector_port=port))
 
 
 def test_state_files_that_are_not_ours_are_passed_over(

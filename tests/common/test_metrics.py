@@ -4,7 +4,7 @@ import threading
 import urllib.request
 
 import pytest
-from nanoinfer_common import metrics, names, telemetry
+from nanoinfer_common import metrics, telemetry
 from nanoinfer_common.metrics import MetricsServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -25,8 +25,8 @@ def scrape(port: int, accept: str = "") -> tuple[str, str]:
 def registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     labels = {"labelnames": ["model_name"], "registry": registry}
-    Gauge(f"vllm:{names.NUM_REQUESTS_WAITING}", "w", **labels).labels("m").set(3)  # type: ignore[arg-type]
-    Counter(f"vllm:{names.PROMPT_TOKENS}", "t", **labels).labels("m").inc(7)  # type: ignore[arg-type]
+    Gauge("vllm:num_requests_waiting", "w", **labels).labels("m").set(3)  # type: ignore[arg-type]
+    Counter("vllm:prompt_tokens", "t", **labels).labels("m").inc(7)  # type: ignore[arg-type]
     buckets = metrics.TIME_TO_FIRST_TOKEN_BUCKETS
     Histogram("nanoinfer_x_seconds", "x", registry=registry, buckets=buckets).observe(
         0.03, {"trace_id": "abc"}

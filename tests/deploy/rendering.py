@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -168,8 +169,9 @@ def environment(deployment: Document) -> dict[str, str]:
             continue
         source = variable["valueFrom"]
         if "resourceFieldRef" in source:
-            assert source["resourceFieldRef"]["resource"] == "limits.cpu"
-            values[variable["name"]] = str(-int(-cores(container(deployment), "limits")))
+            kind, resource = source["resourceFieldRef"]["resource"].split(".")
+            assert resource == "cpu"
+            values[variable["name"]] = str(math.ceil(cores(container(deployment), kind)))
         else:
             values[variable["name"]] = source["fieldRef"]["fieldPath"]
     return values

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 
+from tests.deploy.offered import settings_of
 from tests.deploy.rendering import (
     AUTOSCALERS,
     K8S,
@@ -20,7 +24,10 @@ from tests.deploy.rendering import (
     Document,
     Rendering,
     all_combinations,
+    build,
     build_combinations,
+    container,
+    environment,
     telling_combinations,
 )
 
@@ -83,6 +90,21 @@ def test_all_combinations_build_and_fit(build_command: list[str], tmp_path: Path
         check_schemas(renderings, version)
 
 
+@pytest.mark.parametrize("version", [FLOOR, NEWEST])
+def test_the_job_that_loads_a_model_fits(overlays: dict[str, Rendering], version: str) -> None:
+    """Its schema, and the claim, user and paths of what it loads for."""
+    job = yaml.safe_load((K8S / "load-model.yaml").read_text())
+    kubernetes_validate.validate(job, version, strict=True)
+    spec = job["spec"]["template"]["spec"]
+    claim = spec["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    overlays["gpu"].get("PersistentVolumeClaim", claim)
+    engine = overlays["gpu"].get("Deployment", "engine")["spec"]["template"]["spec"]
+    assert spec["securityContext"] == engine["securityContext"]
+    (loader,) = spec["containers"]
+    assert loader["securityContext"] == engine["containers"][0]["securityContext"]
+    assert loader["command"] == ["cp", "-R", "/model", "/models/"]
+
+
 def test_the_schemas_refuse_a_typo() -> None:
     """Strict means strict, for built-in and custom kinds."""
     service = {
@@ -112,6 +134,21 @@ def test_every_object_is_in_the_namespace(everything: list[Rendering]) -> None:
         for document in rendered.documents:
             if document["kind"] != "Namespace":
                 assert document["metadata"]["namespace"] == "nanoinfer", document["metadata"]
+
+
+def test_the_documented_overlay_builds(build_command: list[str], tmp_path: Path) -> None:
+    """The one of docs/operations.md, beside the shipped ones."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (sample,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    shutil.copytree(K8S, tmp_path / "k8s")
+    folder = tmp_path / "k8s" / "overlays" / "mine"
+    folder.mkdir()
+    (folder / "kustomization.yaml").write_text(sample)
+    rendered = build(build_command, folder)
+    check_schemas([rendered], NEWEST)
+    for name, deployment in rendered.services():
+        assert container(deployment)["image"].startswith(f"registry.example.com/nanoinfer/{name}:")
+        settings_of(name, environment(deployment))
 
 
 def test_base_needs_no_custom_resource(overlays: dict[str, Rendering]) -> None:

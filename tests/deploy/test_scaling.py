@@ -79,14 +79,14 @@ def test_an_autoscaler_owns_the_number_of_replicas_alone(everything: list[Render
 
 def test_each_service_scales_on_its_own_signal(everything: list[Rendering]) -> None:
     expected = {
-        "gateway": {"cpu", names.GATEWAY_INFLIGHT},
-        "tokenizer": {"cpu", names.TOKENIZER_INFLIGHT},
+        "gateway": {"cpu", "nanoinfer_gateway_inflight"},
+        "tokenizer": {"cpu", "nanoinfer_tokenizer_inflight"},
         "engine": {
             f"vllm:{name}"
             for name in (
-                names.NUM_REQUESTS_WAITING,
-                names.KV_CACHE_USAGE,
-                names.NUM_REQUESTS_RUNNING,
+                "num_requests_waiting",
+                "kv_cache_usage_perc",
+                "num_requests_running",
             )
         },
     }
@@ -123,14 +123,14 @@ def test_targets_lie_below_what_a_replica_takes(everything: list[Rendering]) -> 
             settings: Any = settings_of(name, variables)
             targets = hpa_targets(owner)
             if name == "gateway":
-                assert targets[names.GATEWAY_INFLIGHT] == settings.max_requests / 2
+                assert targets["nanoinfer_gateway_inflight"] == settings.max_requests / 2
             if name == "tokenizer":
-                assert targets[names.TOKENIZER_INFLIGHT] < settings.max_pending / 10
+                assert targets["nanoinfer_tokenizer_inflight"] < settings.max_pending / 10
             if name == "engine":
-                running = targets[f"vllm:{names.NUM_REQUESTS_RUNNING}"]
+                running = targets["vllm:num_requests_running"]
                 assert running == settings.max_batch_requests * 3 / 4
-                assert targets[f"vllm:{names.NUM_REQUESTS_WAITING}"] < settings.max_waiting_requests
-                assert 0.6 <= targets[f"vllm:{names.KV_CACHE_USAGE}"] <= 0.8
+                assert targets["vllm:num_requests_waiting"] < settings.max_waiting_requests
+                assert 0.6 <= targets["vllm:kv_cache_usage_perc"] <= 0.8
                 assert settings.metrics_prefix == "vllm:"
 
 

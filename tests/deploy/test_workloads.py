@@ -238,7 +238,7 @@ def test_resources_are_bounded(everything: list[Rendering]) -> None:
                 assert "emptyDir" not in volume or "sizeLimit" in volume["emptyDir"]
         engine = rendered.get("Deployment", "engine")
         settings: Any = settings_of("engine", environment(engine))
-        assert settings.threads == cores(container(engine), "limits")
+        assert settings.threads == cores(container(engine), "requests")
         if settings.device == "cpu":
             # The rest is torch, the weights and the activations.
             free = memory_bytes(container(engine), "limits") - int(settings.kv_cache_memory)

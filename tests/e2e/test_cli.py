@@ -84,3 +84,21 @@ def test_up_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
     finally:
         if process.poll() is None:
             process.kill()
+
+
+def test_options_of_the_choice_have_flags(stack: Stack) -> None:
+    target = ["--target", stack.gateway.address, "--temperature", "0", "--max-tokens", "8"]
+    flags = ["--repetition-penalty", "1.3", "--frequency-penalty", "0.5", "--logprobs", "2"]
+    flags += ["--presence-penalty", "0.5", "--logit-bias", "65=-3.5", "--prompt-logprobs", "1"]
+    flags += ["--logprob-token-ids", "65", "--echo", "--truncate-prompt-tokens", "9"]
+    flags += ["--min-p", "0.05", "--min-tokens", "8", "--ignore-eos"]
+    result = run("complete", *target, "--json", *flags, "import os")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    choice = answer["choices"][0]
+    assert choice["text"].startswith("import os")
+    assert len(choice["logprobs"]) == 8
+    assert all(len(entry["top"]) == 3 for entry in choice["logprobs"])
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"] - 1
+    shown = run("complete", *target, *flags, "import os")
+    assert shown.stdout.startswith("import os")

@@ -157,13 +157,20 @@ def reason(error: grpc.RpcError) -> tuple[str, str, list[str]]:
         ({"stop": [""]}, "INVALID_ARGUMENT", "stop"),
         ({"stop": ["x" * 257]}, "INVALID_ARGUMENT", "stop"),
         ({"response": {"logprobs": 21}}, "INVALID_ARGUMENT", "response.logprobs"),
-        ({"response": {"echo": True}}, "UNIMPLEMENTED", ""),
-        ({"response": {"prompt_logprobs": 1}}, "UNIMPLEMENTED", ""),
-        ({"sampling": {"repetition_penalty": 1.2}}, "UNIMPLEMENTED", ""),
-        ({"sampling": {"logit_bias": {1: 2.0}}}, "UNIMPLEMENTED", ""),
-        ({"sampling": {"allowed_token_ids": [1]}}, "UNIMPLEMENTED", ""),
+        ({"response": {"prompt_logprobs": 21}}, "INVALID_ARGUMENT", "response.prompt_logprobs"),
+        (
+            {"sampling": {"repetition_penalty": 0.0}},
+            "INVALID_ARGUMENT",
+            "sampling.repetition_penalty",
+        ),
+        ({"sampling": {"logit_bias": {8192: 2.0}}}, "INVALID_ARGUMENT", "sampling.logit_bias"),
+        (
+            {"sampling": {"allowed_token_ids": [8192]}},
+            "INVALID_ARGUMENT",
+            "sampling.allowed_token_ids",
+        ),
+        ({"truncate_prompt_tokens": 2048}, "INVALID_ARGUMENT", "truncate_prompt_tokens"),
         ({"structured_output": {"regex": "a+"}}, "UNIMPLEMENTED", ""),
-        ({"truncate_prompt_tokens": 4}, "UNIMPLEMENTED", ""),
         ({"model": "another"}, "NOT_FOUND", ""),
     ],
 )
@@ -216,3 +223,41 @@ def test_models_publish_their_defaults(gateway: gateway_pb2_grpc.GatewayServiceS
     assert unset == set()
     assert len(model.tokenizer_fingerprint) == 32
     assert len(model.weights_fingerprint) == 32
+
+
+def test_options_of_the_choice_work_from_text_to_text(
+    gateway: gateway_pb2_grpc.GatewayServiceStub,
+) -> None:
+    """Through all three services: echo, cut, scores, penalties, bias."""
+    text = "A KV cache holds keys and values."
+
+    def complete(
+        sampling: dict[str, object], **options: object
+    ) -> gateway_pb2.GatewayServiceGenerateResponse:
+        asked = gateway_pb2.GenerationOptions(
+            sampling=generation_pb2.SamplingParams(temperature=0, **sampling),  # type: ignore[arg-type]
+            stopping=generation_pb2.StoppingParams(max_tokens=12, ignore_eos=True),
+            **options,  # type: ignore[arg-type]
+        )
+        request = gateway_pb2.GatewayServiceGenerateRequest(text=text, options=asked)
+        return gateway.Generate(request, timeout=60)
+
+    plain = complete({})
+    scored = complete({}, response={"echo": True, "prompt_logprobs": 1, "logprobs": 0})
+    assert scored.choices[0].text == text + plain.choices[0].text
+    prompt_scores = scored.prompt_info.prompt_logprobs
+    assert len(prompt_scores) == scored.prompt_info.prompt_tokens - 1
+    assert text.encode().endswith(b"".join(entry.token for entry in prompt_scores))
+    assert all(entry.logprob <= entry.top[0].logprob <= 0 for entry in prompt_scores)
+    cut = complete({}, response={"echo": True}, truncate_prompt_tokens=3)
+    assert cut.prompt_info.prompt_tokens == 3
+    kept = b"".join(entry.token for entry in prompt_scores[-3:]).decode()
+    assert cut.choices[0].text.startswith(kept)
+    assert text.endswith(kept)
+    penalised = complete({"repetition_penalty": 10.0, "frequency_penalty": 2.0})
+    assert penalised.choices[0].text != plain.choices[0].text
+    favoured = prompt_scores[-1].token_id
+    biased = complete({"logit_bias": {favoured: 100.0}}, response={"return_token_ids": True})
+    assert list(biased.choices[0].token_ids) == [favoured] * 12
+    only = complete({"allowed_token_ids": [favoured]}, response={"return_token_ids": True})
+    assert list(only.choices[0].token_ids) == [favoured] * 12

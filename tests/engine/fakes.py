@@ -195,6 +195,9 @@ def make_request(
     seed: int = 0,
     index: int = 0,
     num_logprobs: int | None = None,
+    tenant: str = "",
+    cache_salt: str | None = None,
+    num_bytes: int = 0,
 ) -> Request:
     """A request with the defaults of a test."""
     return Request(
@@ -207,5 +210,8 @@ def make_request(
         ),
         times=RequestTimes(arrived=time.monotonic_ns()),
         priority=priority,
+        tenant=tenant,
         deadline=deadline,
+        cache_salt=cache_salt,
+        num_bytes=num_bytes,
     )

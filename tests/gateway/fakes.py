@@ -111,7 +111,6 @@ def model_info(name: str = "fake", **more: Any) -> generation_pb2.ModelInfo:
     features = [
         generation_pb2.FEATURE_LOGPROBS,
         generation_pb2.FEATURE_MULTIPLE_CHOICES,
-        generation_pb2.FEATURE_ECHO,
     ]
     values: dict[str, Any] = {
         "id": name,

@@ -164,19 +164,19 @@ async def test_what_the_client_set_goes_on_untouched_and_nothing_else() -> None:
         response=generation_pb2.ResponseOptions(logprobs=0),
         structured_output=generation_pb2.StructuredOutput(regex="a"),
         model="fake",
-        truncate_prompt_tokens=3,
+        truncate_prompt_tokens=3,  # done here
         cache_salt="salt",
     )
+    asked.response.echo = True  # done here too
     _, source = await run(tell(ids_of(b"Hello")), asked)
     expected = engine_pb2.EngineServiceGenerateRequest(
         prompt=generation_pb2.TokenIds(ids=b"hi"),
         sampling=asked.sampling,
         stopping=asked.stopping,
-        response=asked.response,
+        response=generation_pb2.ResponseOptions(logprobs=0),
         structured_output=asked.structured_output,
         request_id="r-1",
         model="fake",
-        truncate_prompt_tokens=3,
         cache_salt="salt",
         tokenizer_fingerprint=FINGERPRINT,
     )
@@ -408,3 +408,70 @@ async def test_n_defaults_to_what_the_model_publishes() -> None:
     defaults = generation_pb2.SamplingParams(n=2)
     answer, _ = await run(behaviour, default_sampling=defaults)
     assert [choice.text for choice in answer.choices] == ["", "a"]
+
+
+ECHOED: list[tuple[Any, int | None, bool | None, str, int]] = [
+    ("hé", None, None, "hé", 3),
+    ("hé", 3, None, "hé", 3),
+    ("ahé", 2, None, "é", 2),
+    ("ahé", 1, None, "\ufffd", 1),
+    (ids_of(b"a", SPECIAL, b"Hello"), None, None, "aHello", 3),
+    (ids_of(b"a", SPECIAL, b"Hello"), None, False, "a<|end|>Hello", 3),
+    (ids_of(b"a", SPECIAL, b"Hello"), 2, False, "<|end|>Hello", 2),
+    (ids_of(b"a", NO_TOKEN, 10**6), 3, None, "a", 3),
+]
+
+
+@pytest.mark.parametrize(("prompt", "last", "skip", "text", "num_tokens"), ECHOED)
+async def test_echo_puts_the_prompt_that_the_model_sees_before_every_completion(
+    prompt: Any, last: int | None, skip: bool | None, text: str, num_tokens: int
+) -> None:
+    asked = gateway_pb2.GenerationOptions(
+        response=generation_pb2.ResponseOptions(
+            echo=True, skip_special_tokens=skip, return_token_ids=True
+        ),
+        truncate_prompt_tokens=last,
+    )
+    asked.sampling.n = 2
+    given = prompt if isinstance(prompt, str) else generation_pb2.TokenIds(ids=prompt)
+    completion = ids_of(b" world")
+    answer, source = await run(tell(completion), asked, prompt=given)
+    assert [choice.text for choice in answer.choices] == [f"{text} world"] * 2
+    assert [list(choice.token_ids) for choice in answer.choices] == [completion] * 2
+    assert len(source.requests[0].prompt.ids) == num_tokens
+    assert not source.requests[0].response.HasField("echo")
+    asked.response.echo = False
+    answer, _ = await run(tell(completion), asked, prompt=given)
+    assert [choice.text for choice in answer.choices] == [" world"] * 2
+
+
+async def test_echo_precedes_the_first_delta_of_a_stream_and_no_stop_string_counts_in_it() -> None:
+    asked = options("Hello", "o w")
+    asked.response.echo = True
+    received: list[Update] = []
+    source = Source(tell(ids_of(b"yo", b" world", b"Hello")))
+    await read(generation(source, asked, prompt="Hello"), received)
+    assert received[0].prompt_info is not None
+    assert received[0].deltas[0].text.startswith("Hello")
+    assert text_of(received) == "Helloy"
+
+
+async def test_a_character_that_the_prompt_begins_is_whole_with_echo() -> None:
+    begun, rest = "日".encode()[:1], "日".encode()[1:]
+    asked = gateway_pb2.GenerationOptions(response=generation_pb2.ResponseOptions(echo=True))
+    prompt = generation_pb2.TokenIds(ids=ids_of(b"a", begun))
+    answer, _ = await run(tell(ids_of(rest)), asked, prompt=prompt)
+    assert answer.choices[0].text == "a日"
+
+
+async def test_the_prompts_log_probabilities_get_their_bytes() -> None:
+    entry = generation_pb2.TokenLogprob(token_id=ids_of(b"Hello")[0], logprob=-1, rank=2)
+    entry.top.add(token_id=ids_of(b" world")[0], logprob=-0.5, rank=1)
+    info = generation_pb2.PromptInfo(prompt_tokens=2, prompt_logprobs=[entry])
+    messages = (
+        EngineResponse(prompt_info=info, deltas=[delta(ids_of(b"a"))]),
+        EngineResponse(finishes=[finish()], summary=summary(2, 2)),
+    )
+    answer, _ = await run(play(*messages))
+    (found,) = answer.prompt_info.prompt_logprobs
+    assert (found.token, found.top[0].token, found.rank) == (b"Hello", b" world", 2)

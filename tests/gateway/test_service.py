@@ -383,11 +383,6 @@ async def test_too_long_prompts_are_refused_before_they_travel(
     ("options", "feature"),
     [
         (
-            pb.GenerationOptions(response=generation_pb2.ResponseOptions(echo=True)),
-            "FEATURE_ECHO",
-        ),
-        (pb.GenerationOptions(truncate_prompt_tokens=3), "FEATURE_TRUNCATE_PROMPT"),
-        (
             pb.GenerationOptions(sampling=generation_pb2.SamplingParams(frequency_penalty=1)),
             "FEATURE_PENALTIES",
         ),
@@ -406,6 +401,29 @@ async def test_what_is_not_there_is_refused_not_ignored(
         )
     assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert detail(raised.value, error_details_pb2.ErrorInfo()).metadata["feature"] == feature
+
+
+async def test_a_prompt_that_is_too_long_is_cut_where_asked(
+    running_gateway: Gateway, engine: FakeEngine
+) -> None:
+    stub = running_gateway.stub
+    most = engine.model.max_model_len - 1
+    ids = generation_pb2.TokenIds(ids=[5] * 2000 + [6])
+    for prompt in ({"token_ids": ids}, {"text": "a" * 2000 + "b"}):
+        cut = pb.GatewayServiceGenerateRequest(
+            options=pb.GenerationOptions(truncate_prompt_tokens=most), **prompt
+        )
+        answer = await stub.Generate(cut)
+        assert answer.prompt_info.prompt_tokens == most
+        sent = engine.requests[-1].prompt.ids
+        assert len(sent) == most
+        assert sent[-1] in (6, ord("b"))
+        for beyond in (0, most + 1):
+            cut.options.truncate_prompt_tokens = beyond
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stub.Generate(cut)
+            bad = detail(raised.value, error_details_pb2.BadRequest())
+            assert [v.field for v in bad.field_violations] == ["truncate_prompt_tokens"]
 
 
 async def test_unknown_models_are_not_found(running_gateway: Gateway) -> None:
@@ -438,7 +456,7 @@ async def test_tokens_are_counted(running_gateway: Gateway, engine: FakeEngine) 
 async def test_models_and_server_are_described(running_gateway: Gateway) -> None:
     stub = running_gateway.stub
     expected = model_info()
-    expected.features.remove(generation_pb2.FEATURE_ECHO)
+    expected.features.extend([generation_pb2.FEATURE_ECHO, generation_pb2.FEATURE_TRUNCATE_PROMPT])
     info = await stub.GetModelInfo(pb.GatewayServiceGetModelInfoRequest())
     assert info.model == expected
     listed = await stub.ListModels(pb.GatewayServiceListModelsRequest())

@@ -10,7 +10,6 @@ import grpc
 import pytest
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import generation_pb2
-from nanoinfer_common import names
 from nanoinfer_gateway.service import GatewayService
 from nanoinfer_gateway.settings import GatewaySettings
 from opentelemetry import trace
@@ -92,30 +91,30 @@ async def test_a_chat_draws_the_tree(
     }
     attributes = dict(spans[server].attributes or {})
     expected = {
-        names.GEN_AI_OPERATION: "chat",
-        names.GEN_AI_PROVIDER: "nanoinfer",
-        names.GEN_AI_REQUEST_MODEL: "fake",
-        names.GEN_AI_RESPONSE_MODEL: "fake",
-        names.GEN_AI_REQUEST_STREAM: True,
-        names.GEN_AI_REQUEST_MAX_TOKENS: 9,
-        names.GEN_AI_REQUEST_SEED: str(2**64 - 1),
-        names.GEN_AI_REQUEST_CHOICE_COUNT: 2,
-        names.GEN_AI_REQUEST_TEMPERATURE: 0.0,
-        names.STOP_COUNT: 1,
-        names.GEN_AI_OUTPUT_TYPE: "text",
-        names.GEN_AI_RESPONSE_ID: "r-9",
-        names.GEN_AI_FINISH_REASONS: ("stop", "stop"),
-        names.GEN_AI_INPUT_TOKENS: len("user:secret\n"),
-        names.GEN_AI_OUTPUT_TOKENS: 4,
-        names.GEN_AI_CACHED_TOKENS: 0,
-        names.RPC_STATUS_CODE: "OK",
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "nanoinfer",
+        "gen_ai.request.model": "fake",
+        "gen_ai.response.model": "fake",
+        "gen_ai.request.stream": True,
+        "gen_ai.request.max_tokens": 9,
+        "gen_ai.request.seed": str(2**64 - 1),
+        "gen_ai.request.choice.count": 2,
+        "gen_ai.request.temperature": 0.0,
+        "nanoinfer.request.stop_count": 1,
+        "gen_ai.output.type": "text",
+        "gen_ai.response.id": "r-9",
+        "gen_ai.response.finish_reasons": ("stop", "stop"),
+        "gen_ai.usage.input_tokens": len("user:secret\n"),
+        "gen_ai.usage.output_tokens": 4,
+        "gen_ai.usage.cache_read.input_tokens": 0,
+        "rpc.response.status_code": "OK",
     }
     assert {key: attributes.get(key) for key in expected} == expected
-    assert names.GEN_AI_REQUEST_TOP_P not in attributes
-    assert 0 < float(str(attributes[names.GEN_AI_TIME_TO_FIRST_CHUNK])) < 5
+    assert "gen_ai.request.top_p" not in attributes
+    assert 0 < float(str(attributes["gen_ai.response.time_to_first_chunk"])) < 5
     detokenize = dict(spans["detokenize"].attributes or {})
-    assert detokenize[names.STOP_MATCHED] is True
-    assert float(str(detokenize[names.DETOKENIZE_SECONDS])) > 0
+    assert detokenize["nanoinfer.stop.matched"] is True
+    assert float(str(detokenize["nanoinfer.detokenize.duration"])) > 0
     assert not any("secret" in str(span.attributes) for span in spans.values())
     # the context went on, so the services behind join the trace
     context = spans[encode].context
@@ -145,9 +144,9 @@ async def test_a_cancelled_request_says_how_far_it_came(
     call.cancel()
     spans = await finished(exporter, f"{GENERATE}Stream")
     attributes = dict(spans[f"{GENERATE}Stream"].attributes or {})
-    assert attributes[names.GEN_AI_FINISH_REASONS] == ("abort",)
-    assert int(str(attributes[names.GEN_AI_OUTPUT_TOKENS])) >= 1
-    assert attributes[names.RPC_STATUS_CODE] == "CANCELLED"
+    assert attributes["gen_ai.response.finish_reasons"] == ("abort",)
+    assert int(str(attributes["gen_ai.usage.output_tokens"])) >= 1
+    assert attributes["rpc.response.status_code"] == "CANCELLED"
     assert "detokenize" in spans
 
 
@@ -158,7 +157,7 @@ async def test_a_refused_request_has_its_reason_and_no_children(
         await running_gateway.stub.Generate(pb.GatewayServiceGenerateRequest())
     spans = await finished(exporter, GENERATE)
     assert list(spans) == [GENERATE]
-    assert dict(spans[GENERATE].attributes or {})[names.ERROR_REASON] == "INVALID_PROMPT"
+    assert dict(spans[GENERATE].attributes or {})["nanoinfer.error.reason"] == "INVALID_PROMPT"
 
 
 @pytest.fixture
@@ -202,12 +201,12 @@ async def test_every_request_ends_in_exactly_one_outcome(
     def value(name: str, **labels: str) -> float:
         return service.registry.get_sample_value(name, labels) or 0.0
 
-    requests = f"{names.GATEWAY_REQUESTS}_total"
-    assert value(names.GATEWAY_INFLIGHT, method="GenerateStream") == 1
+    requests = "nanoinfer_gateway_requests_total"
+    assert value("nanoinfer_gateway_inflight", method="GenerateStream") == 1
     with pytest.raises(grpc.aio.AioRpcError):
         await running.stub.Generate(request)
     held.cancel()
-    await eventually(lambda: value(names.GATEWAY_INFLIGHT, method="GenerateStream") == 0)
+    await eventually(lambda: value("nanoinfer_gateway_inflight", method="GenerateStream") == 0)
     with pytest.raises(grpc.aio.AioRpcError):
         await running.stub.Generate(pb.GatewayServiceGenerateRequest())
     assert value(requests, method="Generate", outcome="success", reason="") == 2
@@ -221,11 +220,11 @@ async def test_every_request_ends_in_exactly_one_outcome(
         if sample.name == requests
     )
     assert total == 5
-    rejections = f"{names.GATEWAY_ADMISSION_REJECTIONS}_total"
+    rejections = "nanoinfer_gateway_admission_rejections_total"
     assert value(rejections, reason="requests") == 1
-    assert value(f"{names.GATEWAY_TIME_TO_FIRST_TOKEN_SECONDS}_count") == 3
-    assert value(f"{names.GATEWAY_REQUEST_DURATION_SECONDS}_count", method="Generate") == 4
-    assert value(f"{names.GATEWAY_UPSTREAM_DURATION_SECONDS}_count", upstream="engine") == 3
+    assert value("nanoinfer_gateway_time_to_first_token_seconds_count") == 3
+    assert value("nanoinfer_gateway_request_duration_seconds_count", method="Generate") == 4
+    assert value("nanoinfer_gateway_upstream_duration_seconds_count", upstream="engine") == 3
 
 
 async def test_nothing_is_held_after_a_burst(

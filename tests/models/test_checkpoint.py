@@ -77,3 +77,12 @@ def test_the_figure_in_the_readme_holds(guide: Path) -> None:
     assert isinstance(found["passed"], int)
     assert found["passed"] >= 48
     assert f"{found['passed']} of 60" in (guide / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_figure_of_everyday_questions_holds(guide: Path) -> None:
+    found = report(judge_checkpoint(guide, guide, load_held_out(guide / "dev_questions.jsonl")))
+    assert f"{found['passed']} of {found['questions']}" in (guide / "README.md").read_text(
+        encoding="utf-8"
+    )

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from guide_recipe.facts import Fact, HeldOutQuestion, load_facts
+from guide_recipe.dialogues import asked
+from guide_recipe.facts import Fact, HeldOutQuestion, fold, load_facts, load_held_out
 from guide_recipe.judging import Judge, report
 
 FACTS = [
@@ -45,3 +46,23 @@ def test_report_counts_and_lists_failures() -> None:
     assert (found["questions"], found["passed"], found["percent"]) == (2, 1, 50.0)
     assert isinstance(found["failures"], list)
     assert [failure["answer"] for failure in found["failures"]] == ["gamma"]
+
+
+def test_a_follow_up_is_asked_after_its_turn() -> None:
+    facts = {"a": Fact("a", "what", ("x",), ("What is x?", "x?"), "Alpha.", ("alpha",), "f")}
+    turns = asked(HeldOutQuestion("b", "And why?", after="a"), facts)
+    assert [(turn.role, turn.text) for turn in turns] == [
+        ("user", "What is x?"), ("assistant", "Alpha."), ("user", "And why?"),
+    ]  # fmt: skip
+    assert [turn.text for turn in asked(ASKED, facts)] == ["What is x?"]
+
+
+def test_everyday_questions_are_in_no_other_file(guide: Path) -> None:
+    facts = load_facts(guide / "facts")
+    items = load_held_out(guide / "dev_questions.jsonl")
+    known = {fact.id for fact in facts}
+    assert all(item.fact in known and (item.after or item.fact) in known for item in items)
+    written = {fold(question) for fact in facts for question in fact.questions}
+    written |= {fold(item.question) for item in load_held_out(guide / "held_out.jsonl")}
+    assert not written & {fold(item.question) for item in items}
+    assert len({(item.question, item.after) for item in items}) == len(items) == 70

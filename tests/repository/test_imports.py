@@ -43,8 +43,18 @@ ALLOWED = {
     },
     "gateway/nanoinfer_gateway": {"nanoinfer_gateway", *SERVICE},
 }
-TORCH_FREE = {"scheduler", "blocks", "batch", "request", "config"}
-EDGE = {"service", "messages", "statuses", "telemetry", "metrics", "settings", "__main__"}
+TORCH_FREE = {"scheduler", "waiting", "plan", "rows", "block_tables", "blocks", "batch"}
+TORCH_FREE |= {"request", "config"}
+EDGE = {
+    "service",
+    "messages",
+    "answers",
+    "statuses",
+    "telemetry",
+    "metrics",
+    "settings",
+    "__main__",
+}
 
 
 def imported(path: Path) -> Iterator[str]:

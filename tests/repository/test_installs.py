@@ -61,7 +61,8 @@ def test_an_extra_brings_what_it_serves_and_no_more(extra: str, tmp_path: Path) 
     environment = Environment(tmp_path / "venv")
     if extra == "engine":
         environment.install(f"torch=={pinned('torch')}")
-    environment.install("-c", str(ROOT / "constraints.txt"), f"{ROOT}[{extra}]")
+    target = f"{ROOT}[{extra}]" if extra else str(ROOT)
+    environment.install("-c", str(ROOT / "constraints.txt"), target)
     for module in IMPORTS[extra]:
         result = environment.run(f"import {module}")
         assert result.returncode == 0, result.stderr

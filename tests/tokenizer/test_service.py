@@ -400,13 +400,13 @@ async def test_a_stream_gives_whole_characters(
         request = pb.TokenizerServiceDecodeStreamRequest(tokens=ids(tokens.index(bytes([byte]))))
         await call.write(request)
         answers.append((await call.read()).text)
-        assert served.registry.get_sample_value(names.TOKENIZER_DECODE_STREAMS) == 1
+        assert served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 1
     assert answers == ["a", "", "é", "", "", "", "😀", "", ""]
     await call.done_writing()
     assert (await call.read()).text == "\ufffd"
     assert await call.read() == grpc.aio.EOF
     assert await call.code() == Code.OK
-    assert served.registry.get_sample_value(names.TOKENIZER_DECODE_STREAMS) == 0
+    assert served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 0
 
 
 async def test_a_streams_special_tokens_follow_its_first_message(serve: Serve) -> None:
@@ -437,10 +437,10 @@ async def test_a_cancelled_stream_leaves_nothing(serve: Serve) -> None:
     await call.read()
     call.cancel()
     for _ in range(100):
-        if served.registry.get_sample_value(names.TOKENIZER_DECODE_STREAMS) == 0:
+        if served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 0:
             break
         await asyncio.sleep(0.01)
-    assert served.registry.get_sample_value(names.TOKENIZER_DECODE_STREAMS) == 0
+    assert served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 0
 
 
 # --- GetVocabulary, GetTokenizerInfo, GetServerInfo ---
@@ -525,7 +525,7 @@ async def test_a_panic_in_the_encoder_is_answered(
         assert "secret" not in error.message
         assert time.monotonic() - start < 2
     assert (await served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
-    assert served.registry.get_sample_value(names.TOKENIZER_INFLIGHT) == 0
+    assert served.registry.get_sample_value("nanoinfer_tokenizer_inflight") == 0
 
 
 async def test_more_than_the_bound_is_refused_at_once(
@@ -623,10 +623,10 @@ async def test_metrics_count_what_was_done(serve: Serve) -> None:
     rendered = await served.stub.RenderChat(conversation(("user", "Hi")))
     value = served.registry.get_sample_value
     total = len(encoded.tokens.ids) + len(rendered.tokens.ids)
-    assert value(f"{names.TOKENIZER_ENCODED_TOKENS}_total") == total
-    assert value(f"{names.TOKENIZER_ENCODE_SECONDS}_count") == 2
-    assert (value(f"{names.TOKENIZER_QUEUE_SECONDS}_count") or 0) >= 2
-    assert value(names.TOKENIZER_INFLIGHT) == 0
+    assert value("nanoinfer_tokenizer_encoded_tokens_total") == total
+    assert value("nanoinfer_tokenizer_encode_seconds_count") == 2
+    assert (value("nanoinfer_tokenizer_queue_seconds_count") or 0) >= 2
+    assert value("nanoinfer_tokenizer_inflight") == 0
 
 
 @pytest.fixture

@@ -36,28 +36,16 @@ if TYPE_CHECKING:
     from nanoinfer.v1.generation_pb2 import ServerInfo as ServerInfo
 
 _MODULES = {
-    "aio": ("AsyncClient",),
-    "client": ("Client",),
-    "errors": (
-        "Cancelled",
-        "DeadlineExceeded",
-        "InvalidRequest",
-        "NanoInferError",
-        "NotFound",
-        "Overloaded",
-        "PermissionDenied",
-        "PreconditionFailed",
-        "ServerError",
-        "Unavailable",
-        "Unsupported",
-        "Violation",
-    ),
-    "options": ("CallOptions", "Message", "Options"),
-    "results": ("Choice", "Completion", "Delta", "Timings", "TokenLogprob", "Usage"),
-    "streams": ("AsyncStream", "Stream"),
-    "v1.generation_pb2": ("ModelInfo", "ServerInfo"),
+    "aio": "AsyncClient",
+    "client": "Client",
+    "errors": "Cancelled DeadlineExceeded InvalidRequest NanoInferError NotFound Overloaded "
+    "PermissionDenied PreconditionFailed ServerError Unavailable Unsupported Violation",
+    "options": "CallOptions Message Options",
+    "results": "Choice Completion Delta Timings TokenLogprob Usage",
+    "streams": "AsyncStream Stream",
+    "v1.generation_pb2": "ModelInfo ServerInfo",
 }
-_ORIGINS = {name: module for module, names in _MODULES.items() for name in names}
+_ORIGINS = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_ORIGINS)
 
 

@@ -1,30 +1,34 @@
-"""What both clients are built from: the channel, the defaults of calls, the spans.
+"""What both clients are built from: the channel, a call and its span, the defaults of calls.
 
 A call's span is a CLIENT span of opentelemetry-api, a no-op without an SDK; its W3C context goes
 into the metadata. Baggage never leaves.
 """
 
+import asyncio
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic
 
 import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from nanoinfer import options
-from nanoinfer.calls import Call
-from nanoinfer.options import CallOptions, Message, Options, Prompt
-from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc
+from nanoinfer.errors import NanoInferError, from_status
+from nanoinfer.queries import Query, Result
+from nanoinfer.v1 import gateway_pb2_grpc
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 300.0
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 SERVICE = "nanoinfer.v1.GatewayService"
-
+_CLOSED = grpc.aio.AioRpcError(
+    grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "client closed", None
+)
 RETRY_POLICY = {
     "maxAttempts": 3,
     "initialBackoff": "0.1s",
@@ -44,14 +48,13 @@ def package_version() -> str:
 
 def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple[str, str | int]]:
     """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway."""
+    method_config = {
+        "name": [{"service": SERVICE}],
+        "waitForReady": wait_for_ready,
+        "retryPolicy": RETRY_POLICY,
+    }
     service_config = {
-        "methodConfig": [
-            {
-                "name": [{"service": SERVICE}],
-                "waitForReady": wait_for_ready,
-                "retryPolicy": RETRY_POLICY,
-            }
-        ],
+        "methodConfig": [method_config],
         "loadBalancingConfig": [{"round_robin": {}}],
         "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
         "healthCheckConfig": {"serviceName": ""},
@@ -64,6 +67,77 @@ def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.primary_user_agent", f"nanoinfer-python/{package_version()}"),
     ]
+
+
+@dataclass
+class Call(Generic[Result]):
+    """An RPC; `rpc` is gRPC's own object once it is under way. The first end ends the span."""
+
+    query: Query[Result]
+    timeout: float | None
+    metadata: tuple[tuple[str, str | bytes], ...]
+    request_id: str
+    span: trace.Span
+    trace_id: str | None = None
+    rpc: Any = field(init=False)
+
+    def start(self, method: Callable[..., Any]) -> None:
+        """Sends the request; a closed channel raises ValueError."""
+        try:
+            self.rpc = method(self.query.request, timeout=self.timeout, metadata=self.metadata)
+        except BaseException:
+            self._end(grpc.StatusCode.CANCELLED, None)
+            raise
+
+    @contextmanager
+    def receiving(self, partial: Callable[[], Any] = lambda: None) -> Iterator[None]:
+        """Ends the call where the block breaks; what gRPC raises becomes a NanoInferError.
+
+        gRPC reports a call that its client's end cancelled as if this task had been cancelled.
+        """
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                self.cancel()
+                raise
+            raise self._failed(_CLOSED, partial()) from None
+        except grpc.FutureCancelledError:
+            raise self._failed(_CLOSED, partial()) from None
+        except grpc.RpcError as error:
+            raise self._failed(error, partial()) from None
+        except BaseException:  # an interrupt, or the caller's own code
+            self.cancel()
+            raise
+
+    def succeed(self, trailing_metadata: Any) -> None:
+        """Ends the call as OK and keeps the server's trace id, where it named one."""
+        self._end(grpc.StatusCode.OK, None)
+        self.trace_id = next((v for k, v in trailing_metadata or () if k == "x-trace-id"), None)
+
+    def decode(self, response: Any) -> Result:
+        """What the response means."""
+        return self.query.decode(response, self.request_id, self.trace_id)
+
+    def cancel(self) -> None:
+        """Gives the call up where it is not over."""
+        self.rpc.cancel()
+        self._end(grpc.StatusCode.CANCELLED, None)
+
+    def _failed(self, status: Any, partial: Any) -> NanoInferError:
+        error = from_status(status, self.request_id, partial)
+        self._end(error.code, error.reason)
+        return error
+
+    def _end(self, code: grpc.StatusCode, reason: str | None) -> None:
+        if not self.span.is_recording():
+            return
+        self.span.set_attribute("rpc.response.status_code", code.name)
+        if code is not grpc.StatusCode.OK:
+            self.span.set_attribute("error.type", reason or code.name)
+            self.span.set_status(trace.StatusCode.ERROR)
+        self.span.end()
 
 
 class ClientBase:
@@ -102,21 +176,11 @@ class ClientBase:
         if port.isdecimal():
             self._attributes |= {"server.address": host.strip("[]"), "server.port": int(port)}
 
-    def _open_stream(
-        self, prompt: Prompt | Sequence[Message], settings: Options
-    ) -> tuple[Call, Any]:
-        options.check_names(settings, Options)
-        if options.is_conversation(prompt):
-            kind = gateway_pb2.GatewayServiceChatStreamRequest
-            chat = options.chat_request(prompt, settings, kind)
-            call = self._open("ChatStream", settings)
-            return call, call.invoke(self._stub.ChatStream, chat)
-        whole = gateway_pb2.GatewayServiceGenerateStreamRequest
-        request = options.generate_request(cast(Prompt, prompt), settings, whole)
-        call = self._open("GenerateStream", settings)
-        return call, call.invoke(self._stub.GenerateStream, request)
+    def _method(self, query: Query[Any]) -> Any:
+        return getattr(self._stub, query.method)
 
-    def _open(self, method: str, settings: CallOptions) -> Call:
+    def _start(self, query: Query[Result], method: Callable[..., Any]) -> Call[Result]:
+        settings = query.settings
         request_id = settings.get("request_id") or str(uuid.uuid4())
         headers: dict[str, str | bytes] = {**self._metadata, **(settings.get("metadata") or {})}
         headers["x-request-id"] = request_id
@@ -125,17 +189,17 @@ class ClientBase:
         if (tenant := settings.get("tenant")) is not None:
             headers["x-nanoinfer-tenant"] = tenant
         _check(headers)
-        name = f"{SERVICE}/{method}"
-        span = self._tracer.start_span(
-            name,
-            kind=trace.SpanKind.CLIENT,
-            attributes={**self._attributes, "rpc.method": name},
-        )
+        name = f"{SERVICE}/{query.method}"
+        attributes = {**self._attributes, "rpc.method": name}
+        span = self._tracer.start_span(name, kind=trace.SpanKind.CLIENT, attributes=attributes)
         carrier: dict[str, str] = {}
         TraceContextTextMapPropagator().inject(carrier, trace.set_span_in_context(span))
         metadata = (*headers.items(), *carrier.items())
         timeout = settings.get("timeout")
-        return Call(self._timeout if timeout is None else timeout, metadata, request_id, span)
+        timeout = self._timeout if timeout is None else timeout
+        call = Call(query, timeout, metadata, request_id, span)
+        call.start(method)
+        return call
 
 
 def _check(metadata: Mapping[str, str | bytes]) -> None:

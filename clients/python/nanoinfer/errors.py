@@ -1,34 +1,22 @@
-"""What can go wrong, as typed exceptions.
+"""What can go wrong, as typed exceptions: one class for each thing that a caller would do about it.
 
-    NanoInferError
-    ├ InvalidRequest       INVALID_ARGUMENT, OUT_OF_RANGE     change the request
-    ├ NotFound             NOT_FOUND                          no such model
-    ├ Unsupported          UNIMPLEMENTED                      the server lacks the feature
-    ├ PreconditionFailed   FAILED_PRECONDITION                not in this set-up
-    ├ Overloaded           RESOURCE_EXHAUSTED                 wait `retry_after`, then try again
-    ├ Unavailable          UNAVAILABLE                        no server, or it is going away
-    ├ DeadlineExceeded     DEADLINE_EXCEEDED                  `timeout` passed
-    ├ Cancelled            CANCELLED                          somebody cancelled the call
-    ├ PermissionDenied     UNAUTHENTICATED, PERMISSION_DENIED
-    └ ServerError          everything else                    a fault of the server
-
+Every class is a `NanoInferError` and names the statuses that become it; the rest are `ServerError`.
 The details are those of `google.rpc`: ErrorInfo, BadRequest, RetryInfo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
+from grpc import StatusCode as Code
 
 if TYPE_CHECKING:
     from nanoinfer.results import Completion
-
-STATUS_DETAILS = "grpc-status-details-bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +27,10 @@ class Violation:
     description: str
 
 
+_CLASSES: dict[Code, type[NanoInferError]] = {}
+
+
+@dataclass(eq=False, repr=False)
 class NanoInferError(Exception):
     """A call that did not succeed.
 
@@ -47,68 +39,58 @@ class NanoInferError(Exception):
     delivered before it broke. `request_id` and `trace_id` lead to the server's logs and spans.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: grpc.StatusCode,
-        reason: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-        violations: tuple[Violation, ...] = (),
-        retry_after: float | None = None,
-        request_id: str | None = None,
-        trace_id: str | None = None,
-        partial: Completion | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.code = code
-        self.reason = reason
-        self.metadata = dict(metadata or {})
-        self.violations = violations
-        self.retry_after = retry_after
-        self.request_id = request_id
-        self.trace_id = trace_id
-        self.partial = partial
+    message: str
+    _: KW_ONLY
+    code: Code
+    reason: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: tuple[Violation, ...] = ()
+    retry_after: float | None = None
+    request_id: str | None = None
+    trace_id: str | None = None
+    partial: Completion | None = None
+
+    def __init_subclass__(cls, codes: tuple[Code, ...] = ()) -> None:
+        _CLASSES.update(dict.fromkeys(codes, cls))
 
     def __str__(self) -> str:
         label = self.code.name if self.reason is None else f"{self.code.name} ({self.reason})"
         return f"{label}: {self.message}"
 
 
-class InvalidRequest(NanoInferError):
+class InvalidRequest(NanoInferError, codes=(Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE)):
     """The request breaks a rule; `violations` names the fields."""
 
 
-class NotFound(NanoInferError):
+class NotFound(NanoInferError, codes=(Code.NOT_FOUND,)):
     """The model does not exist here."""
 
 
-class Unsupported(NanoInferError):
+class Unsupported(NanoInferError, codes=(Code.UNIMPLEMENTED,)):
     """The server does not have the feature that the request asks for."""
 
 
-class PreconditionFailed(NanoInferError):
+class PreconditionFailed(NanoInferError, codes=(Code.FAILED_PRECONDITION,)):
     """The server is not set up for it: a feature is switched off, there is no chat template."""
 
 
-class Overloaded(NanoInferError):
+class Overloaded(NanoInferError, codes=(Code.RESOURCE_EXHAUSTED,)):
     """The server is full; `retry_after` says when to try again."""
 
 
-class Unavailable(NanoInferError):
+class Unavailable(NanoInferError, codes=(Code.UNAVAILABLE,)):
     """Nobody answers, or the server is starting or ending."""
 
 
-class DeadlineExceeded(NanoInferError):
+class DeadlineExceeded(NanoInferError, codes=(Code.DEADLINE_EXCEEDED,)):
     """The call took longer than its `timeout`."""
 
 
-class Cancelled(NanoInferError):
+class Cancelled(NanoInferError, codes=(Code.CANCELLED,)):
     """The call was cancelled by somebody else than the code that waits for it."""
 
 
-class PermissionDenied(NanoInferError):
+class PermissionDenied(NanoInferError, codes=(Code.UNAUTHENTICATED, Code.PERMISSION_DENIED)):
     """The credentials are missing, wrong or not enough."""
 
 
@@ -116,66 +98,26 @@ class ServerError(NanoInferError):
     """The server failed; its log has the details under `request_id`."""
 
 
-_CLASSES: dict[grpc.StatusCode, type[NanoInferError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
-    grpc.StatusCode.NOT_FOUND: NotFound,
-    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
-    grpc.StatusCode.FAILED_PRECONDITION: PreconditionFailed,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
-    grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
-}
-
-
-def from_status(
-    code: grpc.StatusCode,
-    message: str,
-    trailing_metadata: Iterable[tuple[str, str | bytes]],
-    request_id: str | None = None,
-    partial: Completion | None = None,
-) -> NanoInferError:
-    """Builds the exception of a status. Details that do not parse are left out."""
-    reason, metadata, retry_after = None, None, None
-    violations: tuple[Violation, ...] = ()
-    trailing = [(str(key), value) for key, value in trailing_metadata]
-    for detail in _details(trailing):
-        info = error_details_pb2.ErrorInfo()
-        retry = error_details_pb2.RetryInfo()
-        bad = error_details_pb2.BadRequest()
-        if detail.Unpack(info):
-            reason, metadata = info.reason or None, info.metadata
-        elif detail.Unpack(retry):
-            retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-        elif detail.Unpack(bad):
-            violations = tuple(Violation(v.field, v.description) for v in bad.field_violations)
-    return _CLASSES.get(code, ServerError)(
-        message,
-        code=code,
-        reason=reason,
-        metadata=metadata,
-        violations=violations,
-        retry_after=retry_after,
+def from_status(status: Any, request_id: str, partial: Completion | None) -> NanoInferError:
+    """Builds the exception of a grpc.RpcError. Details that do not parse are left out."""
+    trailing = {key: value for key, value in status.trailing_metadata() or ()}
+    details = status_pb2.Status()
+    with suppress(DecodeError):
+        details.ParseFromString(trailing.get("grpc-status-details-bin", b""))
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    for detail in details.details:
+        for kind in (info, bad, retry):
+            detail.Unpack(kind)
+    retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    return _CLASSES.get(status.code(), ServerError)(
+        status.details() or "",
+        code=status.code(),
+        reason=info.reason or None,
+        metadata=dict(info.metadata),
+        violations=tuple(Violation(v.field, v.description) for v in bad.field_violations),
+        retry_after=retry_after if retry.HasField("retry_delay") else None,
         request_id=request_id,
-        trace_id=trace_id(trailing),
+        trace_id=trailing.get("x-trace-id"),
         partial=partial,
     )
-
-
-def trace_id(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-    """The trace of a call, where the server named it."""
-    found = (value for key, value in trailing_metadata if key == "x-trace-id")
-    return next((value for value in found if isinstance(value, str)), None)
-
-
-def _details(trailing_metadata: Iterable[tuple[str, str | bytes]]) -> list[Any]:
-    for key, value in trailing_metadata:
-        if key == STATUS_DETAILS and isinstance(value, bytes):
-            try:
-                return list(status_pb2.Status.FromString(value).details)
-            except DecodeError:
-                return []
-    return []

@@ -4,6 +4,8 @@ HealthCheckRequest has one string field 1 and HealthCheckResponse one enum field
 form of the well-known wrappers used here.
 """
 
+from typing import Any
+
 import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
@@ -17,23 +19,16 @@ STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 ANSWERED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND)
 
 
-def serialize(service: str) -> bytes:
-    """The request that asks for a health name."""
-    return StringValue(value=service).SerializeToString()
-
-
-def deserialize(data: bytes) -> str:
-    """The status's name."""
-    value = Int32Value.FromString(data).value
-    return STATUSES[value] if 0 <= value < len(STATUSES) else "UNKNOWN"
+def method(channel: Any) -> Any:
+    """The call that takes a health name and returns the name of its status, of either transport."""
+    return channel.unary_unary(CHECK, _serialize, _deserialize)
 
 
 def check(target: str, service: str, timeout: float) -> str:
     """The status of a health name at `target`, or the name of the gRPC code that came instead."""
     with grpc.insecure_channel(target) as channel:
-        call = channel.unary_unary(CHECK, serialize, deserialize)
         try:
-            return str(call(service, timeout=timeout))
+            return str(method(channel)(service, timeout=timeout))
         except grpc.RpcError as error:
             return error.code().name
 
@@ -42,3 +37,12 @@ def not_ready(target: str, timeout: float, status: str) -> Unavailable:
     """What waiting for a server in vain raises."""
     message = f"{target} was not ready within {timeout:g} s ({status})"
     return Unavailable(message, code=grpc.StatusCode.UNAVAILABLE, reason="NOT_READY")
+
+
+def _serialize(service: str) -> bytes:
+    return StringValue(value=service).SerializeToString()
+
+
+def _deserialize(data: bytes) -> str:
+    value = Int32Value.FromString(data).value
+    return STATUSES[value] if 0 <= value < len(STATUSES) else "UNKNOWN"

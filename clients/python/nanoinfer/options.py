@@ -1,4 +1,4 @@
-"""Keyword options of every call, and the requests built from them.
+"""Keyword options of every call, and the message built from them.
 
 An option that is absent or None is absent on the wire: the server's published default holds. A zero
 is a zero. The option names are the contract's field names; `nanoinfer/v1/generation.proto` says
@@ -8,24 +8,13 @@ carry is refused, with TypeError or ValueError.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeGuard, TypeVar
+from typing import Annotated, Any, TypedDict
 
 from google.protobuf.message import Message as ProtoMessage
 
-from nanoinfer.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
+from nanoinfer.v1 import gateway_pb2
 
-Metadata = tuple[tuple[str, str | bytes], ...]
 Prompt = str | Sequence[int]
-PromptRequest = TypeVar(
-    "PromptRequest",
-    gateway_pb2.GatewayServiceGenerateRequest,
-    gateway_pb2.GatewayServiceGenerateStreamRequest,
-)
-ChatRequest = TypeVar(
-    "ChatRequest",
-    gateway_pb2.GatewayServiceChatRequest,
-    gateway_pb2.GatewayServiceChatStreamRequest,
-)
 
 
 class Message(TypedDict):
@@ -35,55 +24,53 @@ class Message(TypedDict):
     content: str | Sequence[str]
 
 
-class CallOptions(TypedDict, total=False):
-    """What every call takes: `timeout` in seconds, `metadata` sent beside the request."""
+Messages = Sequence[Message]
 
-    timeout: float | None
-    metadata: Mapping[str, str | bytes] | None
-    request_id: str | None
-    priority: int | None
-    tenant: str | None
+
+class CallOptions(TypedDict, total=False):
+    """What every call takes. Beside its type an option has a group and a line of help."""
+
+    timeout: Annotated[float | None, "Request", "Seconds until the request is given up."]
+    metadata: Annotated[Mapping[str, str | bytes] | None, "Request", "KEY=VALUE sent along."]
+    request_id: Annotated[str | None, "Request", "Label of the request in logs and traces."]
+    priority: Annotated[int | None, "Request", "-100 to 100, higher first."]
+    tenant: Annotated[str | None, "Request", "Who asks."]
 
 
 class Options(CallOptions, total=False):
     """What every way of asking for a completion takes; at most one shape may be forced."""
 
-    # sampling
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    frequency_penalty: float | None
-    presence_penalty: float | None
-    seed: int | None
-    n: int | None
-    logit_bias: Mapping[int, float] | None
-    allowed_token_ids: Sequence[int] | None
-    # stopping
-    max_tokens: int | None
-    min_tokens: int | None
-    stop: str | Sequence[str] | None
-    stop_token_ids: Sequence[int] | None
-    ignore_eos: bool | None
-    include_stop_in_output: bool | None
-    # response
-    logprobs: int | None
-    prompt_logprobs: int | None
-    logprob_token_ids: Sequence[int] | None
-    return_token_ids: bool | None
-    echo: bool | None
-    skip_special_tokens: bool | None
-    # shape
-    json_schema: str | Mapping[str, object] | None
-    json_object: bool | None
-    regex: str | None
-    grammar: str | None
-    choices: Sequence[str] | None
-    # envelope
-    model: str | None
-    truncate_prompt_tokens: int | None
-    cache_salt: str | None
+    temperature: Annotated[float | None, "Sampling", "0 is greedy, at most 2."]
+    top_p: Annotated[float | None, "Sampling", "Keep the likeliest tokens up to this probability."]
+    top_k: Annotated[int | None, "Sampling", "Keep this many tokens; 0 is off."]
+    min_p: Annotated[float | None, "Sampling", "Drop tokens below this share of the likeliest one."]
+    repetition_penalty: Annotated[float | None, "Sampling", "Above 1 makes repetition less likely."]
+    frequency_penalty: Annotated[float | None, "Sampling", "Penalty for each occurrence."]
+    presence_penalty: Annotated[float | None, "Sampling", "Penalty for having occurred."]
+    seed: Annotated[int | None, "Sampling", "Seed of the random numbers."]
+    n: Annotated[int | None, "Sampling", "Number of completions."]
+    logit_bias: Annotated[Mapping[int, float] | None, "Sampling", "ID=BIAS added to a logit."]
+    allowed_token_ids: Annotated[Sequence[int] | None, "Sampling", "Only these ids."]
+    max_tokens: Annotated[int | None, "Stopping", "Most tokens to produce."]
+    min_tokens: Annotated[int | None, "Stopping", "Tokens to produce before anything may end it."]
+    stop: Annotated[str | Sequence[str] | None, "Stopping", "String that ends the completion."]
+    stop_token_ids: Annotated[Sequence[int] | None, "Stopping", "Id that ends the completion."]
+    ignore_eos: Annotated[bool | None, "Stopping", "Treat end of sequence as an ordinary token."]
+    include_stop_in_output: Annotated[bool | None, "Stopping", "Leave what ended it in the output."]
+    logprobs: Annotated[int | None, "Response", "Log-probabilities and this many alternatives."]
+    prompt_logprobs: Annotated[int | None, "Response", "The same for the prompt's tokens."]
+    logprob_token_ids: Annotated[Sequence[int] | None, "Response", "Report these ids."]
+    return_token_ids: Annotated[bool | None, "Response", "Return token ids (with --json)."]
+    echo: Annotated[bool | None, "Response", "Put the prompt before the completion."]
+    skip_special_tokens: Annotated[bool | None, "Response", "Leave special tokens out of the text."]
+    json_schema: Annotated[str | Mapping[str, object] | None, "Shape", "JSON Schema of the output."]
+    json_object: Annotated[bool | None, "Shape", "Any JSON object."]
+    regex: Annotated[str | None, "Shape", "Regular expression that the output must match."]
+    grammar: Annotated[str | None, "Shape", "Grammar in Lark form."]
+    choices: Annotated[Sequence[str] | None, "Shape", "String that the output may be."]
+    model: Annotated[str | None, "Request", "Name of the served model."]
+    truncate_prompt_tokens: Annotated[int | None, "Request", "Keep this many last prompt ids."]
+    cache_salt: Annotated[str | None, "Request", "Separates prefix-cache entries."]
 
 
 def check_names(options: Mapping[str, object], known: type) -> None:
@@ -94,92 +81,39 @@ def check_names(options: Mapping[str, object], known: type) -> None:
 
 def generation_options(options: Options) -> gateway_pb2.GenerationOptions:
     """The contract's message; nothing in it is set that `options` leaves out."""
+    check_names(options, Options)
     message = gateway_pb2.GenerationOptions()
-    _fill(message, options, skip=("sampling", "stopping", "response", "structured_output"))
-    for part in (message.sampling, message.stopping, message.response):
+    for part in (message, message.sampling, message.stopping, message.response):
         _fill(part, options)
-    _constrain(message.structured_output, options)
+    _fill(message.structured_output, _shape(options))
     return message
 
 
-def generate_request(prompt: Prompt, options: Options, kind: type[PromptRequest]) -> PromptRequest:
-    """A prompt's request, as text or as ids."""
-    settings = generation_options(options)
-    if isinstance(prompt, str):
-        return kind(text=prompt, options=settings)
-    return kind(token_ids=generation_pb2.TokenIds(ids=prompt), options=settings)
+def _shape(options: Options) -> dict[str, object]:
+    """The one forced shape, as the contract's field has it."""
+    schema, choices = options.get("json_schema"), options.get("choices")
+    shapes: dict[str, object] = {
+        "json_schema": json.dumps(schema) if isinstance(schema, Mapping) else schema,
+        "json_object": {} if options.get("json_object") else None,
+        "regex": options.get("regex"),
+        "grammar": options.get("grammar"),
+        "choices": None if choices is None else {"values": choices},
+    }
+    given = [name for name, value in shapes.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"at most one shape can be forced, not {' and '.join(given)}")
+    return shapes
 
 
-def chat_request(
-    messages: Sequence[Message], options: Options, kind: type[ChatRequest]
-) -> ChatRequest:
-    """A conversation's request."""
-    return kind(messages=chat_messages(messages), options=generation_options(options))
-
-
-def count_request(
-    text_or_messages: str | Sequence[Message], model: str | None
-) -> gateway_pb2.GatewayServiceCountTokensRequest:
-    """A request to count."""
-    request = gateway_pb2.GatewayServiceCountTokensRequest(model=model)
-    if isinstance(text_or_messages, str):
-        request.text = text_or_messages
-    else:
-        request.conversation.messages.extend(chat_messages(text_or_messages))
-        request.conversation.SetInParent()
-    return request
-
-
-def is_conversation(prompt: Prompt | Sequence[Message]) -> TypeGuard[Sequence[Message]]:
-    """Tells messages from a text or ids."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def chat_messages(messages: Sequence[Message]) -> list[tokenizer_pb2.ChatMessage]:
-    """Messages as the contract has them."""
-    if isinstance(messages, str):
-        raise TypeError("a conversation is a sequence of {'role', 'content'}, not a string")
-    return [_chat_message(message) for message in messages]
-
-
-def _chat_message(message: Message) -> tokenizer_pb2.ChatMessage:
-    content = message["content"]
-    texts = [content] if isinstance(content, str) else content
-    parts = [tokenizer_pb2.ContentPart(text=text) for text in texts]
-    return tokenizer_pb2.ChatMessage(role=message["role"], content=parts)
-
-
-def _fill(message: ProtoMessage, options: Mapping[str, Any], skip: Sequence[str] = ()) -> None:
+def _fill(message: ProtoMessage, options: Mapping[str, Any]) -> None:
     for field in message.DESCRIPTOR.fields:
         value = options.get(field.name)
-        if value is None or field.name in skip:
+        if value is None:
             continue
+        if field.is_repeated and isinstance(value, str):
+            value = [value]
         try:
-            if not field.is_repeated:
-                setattr(message, field.name, value)
-            elif isinstance(value, Mapping):
-                getattr(message, field.name).update(value)
-            else:
-                getattr(message, field.name).extend([value] if isinstance(value, str) else value)
+            message.MergeFrom(type(message)(**{field.name: value}))
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{field.name}: {error}") from None
-
-
-def _constrain(message: generation_pb2.StructuredOutput, options: Options) -> None:
-    names = ("json_schema", "json_object", "regex", "grammar", "choices")
-    given = [name for name in names if options.get(name) not in (None, False)]
-    if len(given) > 1:
-        raise ValueError(f"at most one shape can be forced, not {' and '.join(given)}")
-    if not given:
-        return
-    schema = options.get("json_schema")
-    if options.get("json_object"):
-        message.json_object.SetInParent()
-    elif (values := options.get("choices")) is not None:
-        message.choices.values.extend(values)
-        message.choices.SetInParent()
-    elif isinstance(schema, Mapping):
-        message.json_schema = json.dumps(schema)
-    else:
-        _fill(message, options, skip=("json_object", "choices"))

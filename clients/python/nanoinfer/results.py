@@ -1,9 +1,9 @@
-"""What comes back: frozen values, and the assembly of a stream's deltas into one of them."""
+"""What comes back: frozen values, and how the contract's messages read as them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 from google.protobuf.message import Message
@@ -12,9 +12,6 @@ from nanoinfer.v1 import gateway_pb2, generation_pb2
 
 FinishReason = Literal["stop", "length"]
 WholeResponse = gateway_pb2.GatewayServiceGenerateResponse | gateway_pb2.GatewayServiceChatResponse
-StreamResponse = (
-    gateway_pb2.GatewayServiceGenerateStreamResponse | gateway_pb2.GatewayServiceChatStreamResponse
-)
 Value = TypeVar("Value")
 
 _REASONS: dict[int, FinishReason] = {
@@ -110,126 +107,56 @@ class Delta:
     finish_reason: FinishReason | None = None
 
 
-def whole(response: WholeResponse, request_id: str, trace_id: str | None) -> Completion:
-    """Decodes a unary response."""
-    choices = []
-    for choice in response.choices:
-        part = _Part(choice.index)
-        part.extend(choice)
-        part.finish = choice.finish if choice.HasField("finish") else None
-        choices.append(part.choice())
-    return _completion(tuple(choices), response.prompt_info, response.summary, request_id, trace_id)
-
-
-class Assembly:
-    """Collects a stream's messages. `until` sees the text so far and ends the stream with True."""
-
-    def __init__(self, until: Callable[[str], bool] | None = None) -> None:
-        self.ended = False
-        self._until = until
-        self._parts: dict[int, _Part] = {}
-        self._prompt = generation_pb2.PromptInfo()
-        self._summary: generation_pb2.GenerationSummary | None = None
-
-    def feed(self, message: StreamResponse) -> list[Delta]:
-        """Takes a message in and returns what it brought, up to where `until` was satisfied."""
-        if message.HasField("prompt_info"):
-            self._prompt = message.prompt_info
-        if message.HasField("summary"):
-            self._summary = message.summary
-        deltas = []
-        for delta in message.deltas:
-            part = self._part(delta.index)
-            part.extend(delta)
-            token_ids, logprobs = tuple(delta.token_ids), decode_logprobs(delta.logprobs)
-            deltas.append(Delta(delta.index, delta.text, token_ids, logprobs))
-            if self._until is not None and self._until(part.text):
-                self.ended = True
-                return deltas
-        for finish in message.finishes:
-            self._part(finish.index).finish = finish
-            deltas.append(Delta(finish.index, "", finish_reason=_REASONS.get(finish.reason)))
-        return deltas
-
-    def text(self) -> str:
-        """The first completion's text so far."""
-        return self._parts[0].text if 0 in self._parts else ""
-
-    def completion(self, request_id: str, trace_id: str | None = None) -> Completion:
-        """What has arrived so far, by index."""
-        choices = tuple(self._parts[index].choice() for index in sorted(self._parts))
-        return _completion(choices, self._prompt, self._summary, request_id, trace_id)
-
-    def _part(self, index: int) -> _Part:
-        return self._parts.setdefault(index, _Part(index))
-
-
-@dataclass(slots=True)
-class _Part:
-    """One completion while it grows."""
-
-    index: int
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: generation_pb2.ChoiceFinish | None = None
-
-    @property
-    def text(self) -> str:
-        if len(self.texts) > 1:
-            self.texts = ["".join(self.texts)]
-        return self.texts[0] if self.texts else ""
-
-    def extend(self, delta: gateway_pb2.TextDelta | gateway_pb2.Choice) -> None:
-        self.texts.append(delta.text)
-        self.token_ids.extend(delta.token_ids)
-        self.logprobs.extend(decode_logprobs(delta.logprobs))
-
-    def choice(self) -> Choice:
-        token_ids, logprobs = tuple(self.token_ids), tuple(self.logprobs)
-        if self.finish is None:
-            return Choice(self.index, self.text, token_ids=token_ids, logprobs=logprobs)
-        kind = self.finish.stop_match.WhichOneof("match")
-        match = self.finish.stop_match
-        matched = match.stop if kind == "stop" else match.token_id if kind == "token_id" else None
-        reason, seed = _REASONS.get(self.finish.reason), self.finish.seed
-        return Choice(self.index, self.text, reason, matched, seed, token_ids, logprobs)
-
-
-def decode_logprobs(
-    entries: Iterable[generation_pb2.TokenLogprob | generation_pb2.TopLogprob],
-) -> tuple[TokenLogprob, ...]:
-    """Decodes log-probabilities, alternatives included."""
-    return tuple(
-        TokenLogprob(
-            entry.token_id,
-            entry.token,
-            entry.logprob,
-            entry.rank,
-            decode_logprobs(entry.top) if isinstance(entry, generation_pb2.TokenLogprob) else (),
-        )
-        for entry in entries
-    )
-
-
-def _completion(
-    choices: Sequence[Choice],
-    prompt: generation_pb2.PromptInfo,
-    summary: generation_pb2.GenerationSummary | None,
-    request_id: str,
-    trace_id: str | None,
-) -> Completion:
+def completion(response: WholeResponse, request_id: str, trace_id: str | None) -> Completion:
+    """Decodes a whole response; without a summary it is a stream's that did not reach its end."""
+    summary = response.summary if response.HasField("summary") else None
+    choices = sorted(response.choices, key=lambda choice: choice.index)
     return Completion(
-        choices=tuple(choices),
+        choices=tuple(_choice(choice) for choice in choices),
         usage=None if summary is None else _same_fields(Usage, summary.usage),
         timings=None if summary is None else _same_fields(Timings, summary.timings),
         model=None if summary is None else summary.model,
-        request_id=(summary.request_id if summary is not None else "") or request_id,
-        prompt_tokens=prompt.prompt_tokens,
-        prompt_logprobs=decode_logprobs(prompt.prompt_logprobs),
-        tokenizer_fingerprint=b"" if summary is None else summary.tokenizer_fingerprint,
+        request_id=response.summary.request_id or request_id,
+        prompt_tokens=response.prompt_info.prompt_tokens,
+        prompt_logprobs=_logprobs(response.prompt_info.prompt_logprobs),
+        tokenizer_fingerprint=response.summary.tokenizer_fingerprint,
         trace_id=trace_id,
     )
+
+
+def delta(message: gateway_pb2.TextDelta) -> Delta:
+    """Decodes new text."""
+    token_ids, logprobs = tuple(message.token_ids), _logprobs(message.logprobs)
+    return Delta(message.index, message.text, token_ids, logprobs)
+
+
+def last_delta(finish: generation_pb2.ChoiceFinish) -> Delta:
+    """Decodes the end of a completion."""
+    return Delta(finish.index, "", finish_reason=_REASONS.get(finish.reason))
+
+
+def _choice(choice: gateway_pb2.Choice) -> Choice:
+    match = choice.finish.stop_match
+    kind = match.WhichOneof("match")
+    return Choice(
+        index=choice.index,
+        text=choice.text,
+        finish_reason=_REASONS.get(choice.finish.reason),
+        matched=match.stop if kind == "stop" else match.token_id if kind == "token_id" else None,
+        seed=choice.finish.seed if choice.HasField("finish") else None,
+        token_ids=tuple(choice.token_ids),
+        logprobs=_logprobs(choice.logprobs),
+    )
+
+
+def _logprobs(
+    entries: Iterable[generation_pb2.TokenLogprob | generation_pb2.TopLogprob],
+) -> tuple[TokenLogprob, ...]:
+    found = []
+    for entry in entries:
+        top = _logprobs(entry.top) if isinstance(entry, generation_pb2.TokenLogprob) else ()
+        found.append(TokenLogprob(entry.token_id, entry.token, entry.logprob, entry.rank, top))
+    return tuple(found)
 
 
 def _same_fields(cls: type[Value], message: Message) -> Value:

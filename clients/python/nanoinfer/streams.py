@@ -4,86 +4,110 @@ Leaving a `with` block, `close()`, the end of the object's life and `until` all 
 which frees everything upstream.
 """
 
-from __future__ import annotations
-
-import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from contextlib import contextmanager
+from typing import Any, Self
 
 import grpc
 
-from nanoinfer.calls import Call
+from nanoinfer import results
+from nanoinfer.base import Call
 from nanoinfer.errors import NanoInferError
-from nanoinfer.results import Assembly, Completion, Delta
+from nanoinfer.results import Completion, Delta
+from nanoinfer.v1 import gateway_pb2
 
 Until = Callable[[str], bool]
-CLOSED = "the client was closed"
 
 
-class _Cancellable(Protocol):
-    def cancel(self) -> Any: ...
+class _StreamState:
+    """What both kinds of stream do: messages are merged into a whole response as they come."""
 
-
-Responses = TypeVar("Responses", bound=_Cancellable)
-
-
-class _StreamState(Generic[Responses]):
-    """What both kinds of stream hold."""
-
-    def __init__(self, call: Call, responses: Responses, until: Until | None) -> None:
+    def __init__(self, call: Call[Completion], until: Until | None) -> None:
         self._call = call
-        self._responses = responses
-        self._assembly = Assembly(until)
-        self._waiting: deque[Delta] = deque()
+        self._until = until
         self._open = True
         self._error: NanoInferError | None = None
-        self._trace_id: str | None = None
+        self._waiting: deque[Delta] = deque()
+        self._whole = gateway_pb2.GatewayServiceGenerateResponse()
+        self._choices: dict[int, gateway_pb2.Choice] = {}
+        self._texts: dict[int, str] = {}
 
     @property
     def text(self) -> str:
         """The first completion's text so far."""
-        return self._assembly.text()
+        return self._texts.get(0, "")
 
     @property
     def request_id(self) -> str:
         """The id under which the server logs this request."""
         return self._call.request_id
 
-    def _feed(self, message: Any) -> None:
+    def __del__(self) -> None:
+        self._cancel()
+
+    @contextmanager
+    def _receiving(self) -> Iterator[None]:
+        """Notes how the stream breaks in the block. Nothing breaks one that was closed before."""
         try:
-            self._waiting.extend(self._assembly.feed(message))
-        except BaseException:  # `until` is the caller's code
-            self._cancel()
+            with self._call.receiving(self._completion):
+                yield
+        except NanoInferError as error:
+            if self._open:
+                self._open, self._error = False, error
+                raise
+        except BaseException:
+            self._open = False
             raise
-        if self._assembly.ended:
-            self._cancel()
+
+    def _feed(self, message: Any) -> None:
+        for part in ("prompt_info", "summary"):
+            if message.HasField(part):
+                getattr(self._whole, part).CopyFrom(getattr(message, part))
+        for delta in message.deltas:
+            choice = self._choice(delta.index)
+            choice.token_ids.extend(delta.token_ids)
+            choice.logprobs.extend(delta.logprobs)
+            self._texts[delta.index] += delta.text
+            self._waiting.append(results.delta(delta))
+            if self._until is not None and self._until(self._texts[delta.index]):
+                self._cancel()
+                return
+        for finish in message.finishes:
+            self._choice(finish.index).finish.CopyFrom(finish)
+            self._waiting.append(results.last_delta(finish))
+
+    def _choice(self, index: int) -> gateway_pb2.Choice:
+        if index not in self._choices:
+            self._choices[index] = self._whole.choices.add(index=index)
+            self._texts[index] = ""
+        return self._choices[index]
 
     def _finish(self, trailing_metadata: Any) -> None:
         self._open = False
-        self._trace_id = self._call.succeed(trailing_metadata)
-
-    def _fail(self, code: grpc.StatusCode, message: str | None, trailing: Any) -> NanoInferError:
-        self._open = False
-        self._error = self._call.fail(code, message, trailing, self._completion())
-        return self._error
+        self._call.succeed(trailing_metadata)
 
     def _cancel(self) -> None:
         if self._open:
             self._open = False
-            self._responses.cancel()
             self._call.cancel()
 
+    def _close(self) -> None:
+        self._waiting.clear()
+        self._cancel()
+
     def _completion(self) -> Completion:
-        return self._assembly.completion(self._call.request_id, self._trace_id)
+        for index, choice in self._choices.items():
+            choice.text = self._texts[index]
+        return self._call.decode(self._whole)
 
-    def __del__(self) -> None:
-        if getattr(self, "_open", False):
-            self._cancel()
+    def _outcome(self) -> Completion:
+        if self._error is not None:
+            raise self._error
+        return self._completion()
 
 
-class Stream(_StreamState[Any]):
+class Stream(_StreamState):
     """Deltas of one request, for a blocking caller."""
 
     def __iter__(self) -> Iterator[Delta]:
@@ -91,10 +115,15 @@ class Stream(_StreamState[Any]):
 
     def __next__(self) -> Delta:
         """The next delta; raises a NanoInferError where the stream breaks."""
-        while not self._waiting:
-            if not self._open:
-                raise StopIteration
-            self._receive()
+        rpc = self._call.rpc
+        while self._open and not self._waiting:
+            with self._receiving():
+                if (message := next(rpc, None)) is None:
+                    self._finish(rpc.trailing_metadata())
+                else:
+                    self._feed(message)
+        if not self._waiting:
+            raise StopIteration
         return self._waiting.popleft()
 
     def result(self) -> Completion:
@@ -104,49 +133,20 @@ class Stream(_StreamState[Any]):
         """
         for _ in self:
             pass
-        if self._error is not None:
-            raise self._error
-        return self._completion()
+        return self._outcome()
 
     def close(self) -> None:
         """Cancels the call where it is not over; deltas already received are dropped."""
-        self._waiting.clear()
-        self._cancel()
-
-    def _receive(self) -> None:
-        responses = self._responses
-        try:
-            message = next(responses)
-        except StopIteration:
-            self._finish(responses.trailing_metadata())
-            return
-        except grpc.RpcError:
-            if not self._open:  # closed from another thread
-                return
-            raise self._fail(
-                responses.code(), responses.details(), responses.trailing_metadata()
-            ) from None
-        self._feed(message)
+        self._close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
 
-def cancelled_by_caller() -> bool:
-    """Tells a cancel of the running task from grpc.aio's CancelledError of a cancelled call."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-class AsyncStream(_StreamState[Any]):
+class AsyncStream(_StreamState):
     """Deltas of one request, for an event loop."""
 
     def __aiter__(self) -> AsyncIterator[Delta]:
@@ -154,54 +154,29 @@ class AsyncStream(_StreamState[Any]):
 
     async def __anext__(self) -> Delta:
         """The next delta; raises a NanoInferError where the stream breaks."""
-        while not self._waiting:
-            if not self._open:
-                raise StopAsyncIteration
-            await self._receive()
+        rpc = self._call.rpc
+        while self._open and not self._waiting:
+            with self._receiving():
+                if (message := await rpc.read()) is grpc.aio.EOF:  # type: ignore[attr-defined]
+                    self._finish(await rpc.trailing_metadata())
+                else:
+                    self._feed(message)
+        if not self._waiting:
+            raise StopAsyncIteration
         return self._waiting.popleft()
 
     async def result(self) -> Completion:
-        """Reads what is left and returns the whole; after `aclose` or `until`, what had arrived.
-
-        Raises the error that broke the stream.
-        """
+        """`Stream.result`, awaited."""
         async for _ in self:
             pass
-        if self._error is not None:
-            raise self._error
-        return self._completion()
+        return self._outcome()
 
     async def aclose(self) -> None:
-        """Cancels the call where it is not over; deltas already received are dropped."""
-        self._waiting.clear()
-        self._cancel()
-
-    async def _receive(self) -> None:
-        responses = self._responses
-        try:
-            message = await responses.read()
-        except asyncio.CancelledError:
-            if not self._open:  # closed by another task
-                return
-            if cancelled_by_caller():
-                self._cancel()
-                raise
-            raise self._fail(grpc.StatusCode.CANCELLED, CLOSED, ()) from None
-        except grpc.RpcError as error:
-            trailing = error.trailing_metadata()
-            raise self._fail(error.code(), error.details(), trailing) from None
-        if message is grpc.aio.EOF:  # type: ignore[attr-defined]
-            self._finish(await responses.trailing_metadata())
-        else:
-            self._feed(message)
+        """`Stream.close`, awaited."""
+        self._close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
+    async def __aexit__(self, *_: object) -> None:
+        self._close()

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guide_recipe.facts import NOUN_KINDS, Fact, subject_key
+from guide_recipe.facts import NOUN_KINDS, Fact, HeldOutQuestion, subject_key
 from guide_recipe.paraphrase import Paraphraser, scribble
 from guide_recipe.phrasebook import Phrasebook, expand
 
@@ -81,6 +81,19 @@ class DialogueWriter:
                 Segment(None, f"\nAnswer: {fact.answer}", learned=True),
             ]
         return [Segment(None, question, learned=False), Segment(None, f"\n{fact.answer}", True)]
+
+
+def asked(item: HeldOutQuestion, facts: dict[str, Fact]) -> Document:
+    """Returns the conversation that asks `item`: its question, after the turn it follows, if any.
+
+    That turn is the first hand-written question of the fact it was about, and its answer.
+    """
+    question = Segment("user", item.question, learned=False)
+    if item.after is None:
+        return [question]
+    before = facts[item.after]
+    opening = Segment("user", before.questions[0], learned=False)
+    return [opening, Segment("assistant", before.answer, learned=True), question]
 
 
 def siblings(facts: Sequence[Fact]) -> dict[str, list[Fact]]:

@@ -32,10 +32,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A question that is never trained on, and the fact that answers it."""
+    """A question to judge answers by, in no fact's own list, and the fact that answers it.
+
+    `after` names the fact that the turn before was about; without it, no turn came before.
+    """
 
     fact: str
     question: str
+    after: str | None = None
 
 
 def fold(text: str) -> str:
@@ -78,7 +82,7 @@ def _fact(row: dict[str, object], source: str) -> Fact:
 
 
 def load_held_out(path: Path) -> list[HeldOutQuestion]:
-    """Reads the held-out questions: one `{"fact": id, "question": text}` a line."""
+    """Reads questions to judge by: `{"fact": id, "question": text}` lines, some with `after`."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [HeldOutQuestion(**json.loads(line)) for line in lines if line.strip()]
 

@@ -10,7 +10,7 @@ import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from nanoinfer_common import names, telemetry
+from nanoinfer_common import telemetry
 from nanoinfer_common.spans import end_client_span, has_span
 
 # grpc-stubs types interceptors only in part, and says so.
@@ -29,24 +29,24 @@ def client_interceptors(address: str = "") -> list[grpc.aio.ClientInterceptor]:
 class _Tracing:
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._attributes: dict[str, str | int] = {names.RPC_SYSTEM_NAME: "grpc"}
-        self._attributes[names.SERVER_ADDRESS] = host.rpartition("/")[2] or address
+        self._attributes: dict[str, str | int] = {"rpc.system.name": "grpc"}
+        self._attributes["server.address"] = host.rpartition("/")[2] or address
         if port.isdigit():
-            self._attributes[names.SERVER_PORT] = int(port)
+            self._attributes["server.port"] = int(port)
 
     async def _traced(self, continuation: Continuation, details: Any, request: Any) -> Call:
         method = details.method.decode() if isinstance(details.method, bytes) else details.method
         method = method.removeprefix("/")
         if not has_span(method):
             return await continuation(details, request)
-        attributes = {**self._attributes, names.RPC_METHOD: method}
+        attributes = {**self._attributes, "rpc.method": method}
         span = telemetry.tracer().start_span(
             method, kind=trace.SpanKind.CLIENT, attributes=attributes
         )
         try:
             call = await continuation(_with_context(details, span), request)
         except BaseException as error:
-            span.set_attribute(names.ERROR_TYPE, type(error).__name__)
+            span.set_attribute("error.type", type(error).__name__)
             span.set_status(trace.StatusCode.ERROR)
             span.end()
             raise
@@ -86,7 +86,7 @@ def _with_context(details: Any, span: trace.Span) -> grpc.aio.ClientCallDetails:
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, trace.set_span_in_context(span))
     given = cast(Sequence[tuple[str, str | bytes]], details.metadata or ())
-    replaced = {names.BAGGAGE, *carrier}
+    replaced = {"baggage", *carrier}
     kept = [(key, value) for key, value in given if key not in replaced]
     return grpc.aio.ClientCallDetails(
         details.method,

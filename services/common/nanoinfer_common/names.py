@@ -1,22 +1,17 @@
-"""Names that leave the process: metadata keys, error reasons, spans, attributes, metrics.
+"""Names that several services share: metadata keys, health names and error reasons.
 
-They live in one place because the tracing conventions still move. Attribute names follow
-OpenTelemetry's semantic conventions 1.44.0 (`rpc.*`) and the GenAI conventions (`gen_ai.*`); what
-those lack is prefixed `nanoinfer.`. Counters are named without `_total`, which the client adds.
+Names of spans, attributes and metrics stand where they are made: attributes follow OpenTelemetry's
+semantic conventions 1.44.0 (`rpc.*`) and the GenAI conventions (`gen_ai.*`); what those lack is
+prefixed `nanoinfer.`.
 """
 
 from typing import Final
-
-SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.44.0"
 
 # Revision of the contract that these services speak, and the oldest that a client may speak.
 SCHEMA_REVISION: Final = 1
 MIN_CLIENT_REVISION: Final = 1
 
 # Metadata keys
-TRACEPARENT: Final = "traceparent"
-TRACESTATE: Final = "tracestate"
-BAGGAGE: Final = "baggage"
 REQUEST_ID: Final = "x-request-id"
 TRACE_ID: Final = "x-trace-id"
 PRIORITY: Final = "x-nanoinfer-priority"
@@ -41,7 +36,6 @@ INVALID_TOKEN_IDS: Final = "INVALID_TOKEN_IDS"
 INPUT_TOO_LARGE: Final = "INPUT_TOO_LARGE"
 PROMPT_TOO_LONG: Final = "PROMPT_TOO_LONG"
 EXCEEDS_KV_CAPACITY: Final = "EXCEEDS_KV_CAPACITY"
-GRAMMAR_TIMEOUT: Final = "GRAMMAR_TIMEOUT"
 MODEL_NOT_FOUND: Final = "MODEL_NOT_FOUND"
 FEATURE_DISABLED: Final = "FEATURE_DISABLED"
 TOKENIZER_MISMATCH: Final = "TOKENIZER_MISMATCH"
@@ -59,120 +53,3 @@ TOKENIZER_UNAVAILABLE: Final = "TOKENIZER_UNAVAILABLE"
 TEMPLATE_TIMEOUT: Final = "TEMPLATE_TIMEOUT"
 DEADLINE_EXCEEDED: Final = "DEADLINE_EXCEEDED"
 INTERNAL: Final = "INTERNAL"
-
-# Spans that are not RPCs, and their events
-SPAN_RENDER_PROMPT: Final = "render_prompt"
-SPAN_QUEUE: Final = "queue"
-SPAN_PREFILL: Final = "prefill"
-SPAN_DECODE: Final = "decode"
-SPAN_DETOKENIZE: Final = "detokenize"
-EVENT_FIRST_TOKEN: Final = "first_token"
-EVENT_PREEMPTED: Final = "preempted"
-EVENT_RESUMED: Final = "resumed"
-EVENT_ABORTED: Final = "aborted"
-
-# Attributes of RPC spans
-RPC_SYSTEM_NAME: Final = "rpc.system.name"
-RPC_METHOD: Final = "rpc.method"
-RPC_METHOD_ORIGINAL: Final = "rpc.method_original"
-RPC_METHOD_OTHER: Final = "_OTHER"
-RPC_STATUS_CODE: Final = "rpc.response.status_code"
-SERVER_ADDRESS: Final = "server.address"
-SERVER_PORT: Final = "server.port"
-PEER_ADDRESS: Final = "network.peer.address"
-PEER_PORT: Final = "network.peer.port"
-ERROR_TYPE: Final = "error.type"
-ERROR_REASON: Final = "nanoinfer.error.reason"
-SPAN_REQUEST_ID: Final = "nanoinfer.request.id"
-
-# Attributes of the gateway's span
-GEN_AI_OPERATION: Final = "gen_ai.operation.name"
-GEN_AI_PROVIDER: Final = "gen_ai.provider.name"
-GEN_AI_REQUEST_MODEL: Final = "gen_ai.request.model"
-GEN_AI_RESPONSE_MODEL: Final = "gen_ai.response.model"
-GEN_AI_REQUEST_STREAM: Final = "gen_ai.request.stream"
-GEN_AI_REQUEST_MAX_TOKENS: Final = "gen_ai.request.max_tokens"
-GEN_AI_REQUEST_SEED: Final = "gen_ai.request.seed"
-GEN_AI_REQUEST_CHOICE_COUNT: Final = "gen_ai.request.choice.count"
-GEN_AI_REQUEST_TEMPERATURE: Final = "gen_ai.request.temperature"
-GEN_AI_REQUEST_TOP_P: Final = "gen_ai.request.top_p"
-GEN_AI_REQUEST_TOP_K: Final = "gen_ai.request.top_k"
-GEN_AI_REQUEST_FREQUENCY_PENALTY: Final = "gen_ai.request.frequency_penalty"
-GEN_AI_REQUEST_PRESENCE_PENALTY: Final = "gen_ai.request.presence_penalty"
-GEN_AI_OUTPUT_TYPE: Final = "gen_ai.output.type"
-GEN_AI_RESPONSE_ID: Final = "gen_ai.response.id"
-GEN_AI_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
-GEN_AI_TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
-GEN_AI_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
-GEN_AI_OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
-GEN_AI_CACHED_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
-GEN_AI_REASONING_TOKENS: Final = "gen_ai.usage.reasoning.output_tokens"
-STOP_COUNT: Final = "nanoinfer.request.stop_count"
-PROMPT_CHARS: Final = "nanoinfer.prompt.chars"
-DETOKENIZE_SECONDS: Final = "nanoinfer.detokenize.duration"
-STOP_MATCHED: Final = "nanoinfer.stop.matched"
-
-# Attributes of the engine's spans
-LATENCY_QUEUE: Final = "gen_ai.latency.time_in_queue"
-LATENCY_FIRST_TOKEN: Final = "gen_ai.latency.time_to_first_token"
-LATENCY_E2E: Final = "gen_ai.latency.e2e"
-LATENCY_SCHEDULER: Final = "gen_ai.latency.time_in_scheduler"
-LATENCY_PREFILL: Final = "gen_ai.latency.time_in_model_prefill"
-LATENCY_DECODE: Final = "gen_ai.latency.time_in_model_decode"
-LATENCY_INFERENCE: Final = "gen_ai.latency.time_in_model_inference"
-ENGINE_BATCH_MAX: Final = "nanoinfer.engine.batch.max"
-ENGINE_STEP_COUNT: Final = "nanoinfer.engine.step.count"
-ENGINE_PREEMPTIONS: Final = "nanoinfer.engine.preemptions"
-ENGINE_KV_BLOCKS: Final = "nanoinfer.engine.kv.blocks"
-ENGINE_GRAPH_REPLAYS: Final = "nanoinfer.engine.graph.replays"
-QUEUE_WAITING_AT_ARRIVAL: Final = "nanoinfer.queue.waiting_at_arrival"
-PREFILL_CACHED_TOKENS: Final = "nanoinfer.prefill.cached_tokens"
-PREFILL_CHUNKS: Final = "nanoinfer.prefill.chunks"
-
-# The engine's metrics, after the prefix setting (`vllm:`), as routers and autoscalers expect them
-NUM_REQUESTS_WAITING: Final = "num_requests_waiting"
-NUM_REQUESTS_RUNNING: Final = "num_requests_running"
-KV_CACHE_USAGE: Final = "kv_cache_usage_perc"
-CACHE_CONFIG_INFO: Final = "cache_config_info"
-TIME_TO_FIRST_TOKEN_SECONDS: Final = "time_to_first_token_seconds"
-INTER_TOKEN_LATENCY_SECONDS: Final = "inter_token_latency_seconds"
-TIME_PER_OUTPUT_TOKEN_SECONDS: Final = "request_time_per_output_token_seconds"
-E2E_REQUEST_LATENCY_SECONDS: Final = "e2e_request_latency_seconds"
-REQUEST_QUEUE_TIME_SECONDS: Final = "request_queue_time_seconds"
-REQUEST_PREFILL_TIME_SECONDS: Final = "request_prefill_time_seconds"
-REQUEST_DECODE_TIME_SECONDS: Final = "request_decode_time_seconds"
-REQUEST_INFERENCE_TIME_SECONDS: Final = "request_inference_time_seconds"
-PROMPT_TOKENS: Final = "prompt_tokens"
-GENERATION_TOKENS: Final = "generation_tokens"
-PROMPT_TOKENS_CACHED: Final = "prompt_tokens_cached"
-REQUEST_SUCCESS: Final = "request_success"
-NUM_PREEMPTIONS: Final = "num_preemptions"
-PREFIX_CACHE_QUERIES: Final = "prefix_cache_queries"
-PREFIX_CACHE_HITS: Final = "prefix_cache_hits"
-REQUEST_PROMPT_TOKENS: Final = "request_prompt_tokens"
-REQUEST_GENERATION_TOKENS: Final = "request_generation_tokens"
-REQUEST_MAX_NUM_GENERATION_TOKENS: Final = "request_max_num_generation_tokens"
-REQUEST_PARAMS_N: Final = "request_params_n"
-REQUEST_PARAMS_MAX_TOKENS: Final = "request_params_max_tokens"
-ITERATION_TOKENS: Final = "iteration_tokens_total"
-ADMISSION_REJECTIONS: Final = "admission_rejections"
-
-# Metrics of our own
-GATEWAY_REQUESTS: Final = "nanoinfer_gateway_requests"
-GATEWAY_INFLIGHT: Final = "nanoinfer_gateway_inflight"
-GATEWAY_ADMISSION_REJECTIONS: Final = "nanoinfer_gateway_admission_rejections"
-GATEWAY_TIME_TO_FIRST_TOKEN_SECONDS: Final = "nanoinfer_gateway_time_to_first_token_seconds"
-GATEWAY_REQUEST_DURATION_SECONDS: Final = "nanoinfer_gateway_request_duration_seconds"
-GATEWAY_UPSTREAM_DURATION_SECONDS: Final = "nanoinfer_gateway_upstream_duration_seconds"
-TOKENIZER_INFLIGHT: Final = "nanoinfer_tokenizer_inflight"
-TOKENIZER_QUEUE_SECONDS: Final = "nanoinfer_tokenizer_queue_seconds"
-TOKENIZER_ENCODE_SECONDS: Final = "nanoinfer_tokenizer_encode_seconds"
-TOKENIZER_ENCODED_TOKENS: Final = "nanoinfer_tokenizer_encoded_tokens"
-TOKENIZER_DECODE_STREAMS: Final = "nanoinfer_tokenizer_decode_streams"
-ENGINE_ACCEPTED: Final = "nanoinfer_engine_accepted"
-ENGINE_REQUESTS: Final = "nanoinfer_engine_requests"
-ENGINE_STEP_SECONDS: Final = "nanoinfer_engine_step_seconds"
-ENGINE_STEP_BATCH_SIZE: Final = "nanoinfer_engine_step_batch_size"
-ENGINE_GRAPH_REPLAYS_TOTAL: Final = "nanoinfer_engine_graph_replays"
-ENGINE_LAST_STEP_AGE_SECONDS: Final = "nanoinfer_engine_last_step_age_seconds"
-TRACE_SPANS_DROPPED: Final = "nanoinfer_trace_spans_dropped"

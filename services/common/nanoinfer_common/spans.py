@@ -9,7 +9,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from nanoinfer_common import names, telemetry
+from nanoinfer_common import telemetry
 from nanoinfer_common.config import ServiceSettings
 
 MAX_TRACESTATE_CHARS: Final = 1024
@@ -40,11 +40,11 @@ def has_span(method: str) -> bool:
 def incoming_trace(metadata: Iterable[tuple[str, Any]]) -> trace.SpanContext | None:
     """Reads a caller's W3C trace context; None where there is none or it is garbage."""
     given = list(metadata)
-    parents = [value for key, value in given if key == names.TRACEPARENT]
-    states = [value for key, value in given if key == names.TRACESTATE]
+    parents = [value for key, value in given if key == "traceparent"]
+    states = [value for key, value in given if key == "tracestate"]
     if len(parents) != 1 or sum(len(state) for state in states) > MAX_TRACESTATE_CHARS:
         return None
-    carrier = {names.TRACEPARENT: parents[0], names.TRACESTATE: ",".join(states)}
+    carrier = {"traceparent": parents[0], "tracestate": ",".join(states)}
     context = _PROPAGATOR.extract(carrier, otel_context.Context())
     span_context = trace.get_current_span(context).get_span_context()
     return span_context if span_context.is_valid else None
@@ -65,20 +65,20 @@ def start_server_span(
     elif incoming is not None:
         links = [trace.Link(incoming)]
     attributes: dict[str, str | int] = {
-        names.RPC_SYSTEM_NAME: "grpc",
-        names.RPC_METHOD: method,
-        names.SERVER_ADDRESS: settings.host,
+        "rpc.system.name": "grpc",
+        "rpc.method": method,
+        "server.address": settings.host,
         **_peer(peer),
     }
     if settings.port:
-        attributes[names.SERVER_PORT] = settings.port
+        attributes["server.port"] = settings.port
     return telemetry.tracer().start_span(method, parent, trace.SpanKind.SERVER, attributes, links)
 
 
 def end_server_span(span: trace.Span, code: grpc.StatusCode, reason: str = "") -> None:
     """Ends a server span; its status is ERROR only where the server is at fault."""
     if reason:
-        span.set_attribute(names.ERROR_REASON, reason)
+        span.set_attribute("nanoinfer.error.reason", reason)
     _end(span, code, code in SERVER_FAULTS)
 
 
@@ -90,20 +90,20 @@ def end_client_span(span: trace.Span, code: grpc.StatusCode) -> None:
 def record_unknown_method(method: str) -> None:
     """Records a call of a method that does not exist, without letting callers invent names."""
     attributes = {
-        names.RPC_SYSTEM_NAME: "grpc",
-        names.RPC_METHOD: names.RPC_METHOD_OTHER,
-        names.RPC_METHOD_ORIGINAL: method[:128],
+        "rpc.system.name": "grpc",
+        "rpc.method": "_OTHER",
+        "rpc.method_original": method[:128],
     }
     span = telemetry.tracer().start_span(
-        names.RPC_METHOD_OTHER, otel_context.Context(), trace.SpanKind.SERVER, attributes
+        "_OTHER", otel_context.Context(), trace.SpanKind.SERVER, attributes
     )
     end_server_span(span, grpc.StatusCode.UNIMPLEMENTED)
 
 
 def _end(span: trace.Span, code: grpc.StatusCode, at_fault: bool) -> None:
-    span.set_attribute(names.RPC_STATUS_CODE, code.name)
+    span.set_attribute("rpc.response.status_code", code.name)
     if code is not grpc.StatusCode.OK:
-        span.set_attribute(names.ERROR_TYPE, code.name)
+        span.set_attribute("error.type", code.name)
     if at_fault:
         span.set_status(trace.StatusCode.ERROR)
     span.end()
@@ -114,4 +114,4 @@ def _peer(peer: str) -> dict[str, str | int]:
     host, _, port = rest.rpartition(":")
     if family not in ("ipv4", "ipv6") or not port.isdigit():
         return {}
-    return {names.PEER_ADDRESS: host.strip("[]"), names.PEER_PORT: int(port)}
+    return {"network.peer.address": host.strip("[]"), "network.peer.port": int(port)}

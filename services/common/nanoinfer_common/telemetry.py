@@ -23,9 +23,9 @@ from opentelemetry.util.types import AttributeValue
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from nanoinfer_common import names
 from nanoinfer_common.errors import StartError
 
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.44.0"
 ENDPOINT_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 MAX_QUEUED_SPANS: Final = 2048
 EXPORT_INTERVAL_MILLISECONDS: Final = 500
@@ -65,7 +65,8 @@ class DroppedSpans(Collector):
     def collect(self) -> Iterable[CounterMetricFamily]:
         """Gives the metric its present value."""
         family = CounterMetricFamily(
-            names.TRACE_SPANS_DROPPED, "Spans dropped: the queue was full or the export failed."
+            "nanoinfer_trace_spans_dropped",
+            "Spans lost: the queue was full or the export failed.",
         )
         family.add_metric([], self._count)
         yield family
@@ -182,7 +183,7 @@ def product_version() -> str:
 
 def tracer() -> trace.Tracer:
     """Returns the tracer of this product."""
-    return trace.get_tracer("nanoinfer", product_version(), schema_url=names.SCHEMA_URL)
+    return trace.get_tracer("nanoinfer", product_version(), schema_url=SCHEMA_URL)
 
 
 def record_span(
@@ -239,4 +240,4 @@ def enter_rpc(span: trace.Span, label: str) -> None:
 def _label(value: str) -> None:
     _request_id.set(value)
     structlog.contextvars.bind_contextvars(request_id=value)
-    set_attributes({names.SPAN_REQUEST_ID: value})
+    set_attributes({"nanoinfer.request.id": value})

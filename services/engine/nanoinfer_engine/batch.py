@@ -22,7 +22,8 @@ class BatchRow:
     The sampled token's position is start + len(token_ids): the position of its random number.
     `token_counts` is the request's own, read and not changed here; a row with penalties has it.
     `scored_token_ids` are the prompt ids that follow the first of `token_ids`, one each: the
-    log-probabilities of those are asked for.
+    log-probabilities of those are asked for. A row may see blocks that another row of the same
+    step fills: in each layer all keys and values are stored before any attention is computed.
     With `source_row` one more token follows `token_ids`: the one that this row of the previous
     batch samples, whose id nobody here knows yet.
     """

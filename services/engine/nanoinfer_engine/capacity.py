@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.errors import CapacityError
 from nanoinfer_engine.request import Request
 
@@ -47,13 +48,31 @@ class Load:
     num_running: int = 0
     num_waiting: int = 0
     waiting_prompt_tokens: int = 0
+    waiting_bytes: int = 0
     kv_usage: float = 0.0
 
     def with_waiting(self, requests: Sequence[Request]) -> Load:
         """This load and `requests` in the queue."""
         num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        num_bytes = sum(request.num_bytes for request in requests)
         return replace(
             self,
             num_waiting=self.num_waiting + len(requests),
             waiting_prompt_tokens=self.waiting_prompt_tokens + num_tokens,
+            waiting_bytes=self.waiting_bytes + num_bytes,
+        )
+
+    def bound_beyond(self, config: EngineConfig) -> str | None:
+        """The bound of the queue that this load is beyond; None where it fits."""
+        return next((name for name, value, most in self._bounds(config) if value > most), None)
+
+    def is_full(self, config: EngineConfig) -> bool:
+        """Whether the queue has no room for anything."""
+        return any(value >= most for _, value, most in self._bounds(config))
+
+    def _bounds(self, config: EngineConfig) -> tuple[tuple[str, int, int], ...]:
+        return (
+            ("requests", self.num_waiting, config.max_waiting_requests),
+            ("tokens", self.waiting_prompt_tokens, config.max_waiting_tokens),
+            ("bytes", self.waiting_bytes, config.max_waiting_bytes),
         )

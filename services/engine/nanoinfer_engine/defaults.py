@@ -6,7 +6,6 @@ These are the defaults that `GetModelInfo` publishes and that an unset field tak
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from nanoinfer_engine.config import CheckpointError
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,13 +23,13 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
     """The defaults of the checkpoint at `model_path`; raises CheckpointError for invalid values.
 
-    `do_sample: false` means greedy, as it does in transformers. A repetition penalty is reported in
-    the log and not applied: this engine has none, and publishes 1.
+    `do_sample: false` means greedy, as it does in transformers.
     """
     path = model_path / "generation_config.json"
     if not path.is_file():
@@ -43,14 +40,13 @@ def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
         raise CheckpointError(f"{path.name}: not JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path.name}: not an object")
-    if values.get("repetition_penalty") not in (None, 1, 1.0):
-        _LOG.warning("%s asks for a repetition penalty, which is not applied", path.name)
     greedy = values.get("do_sample") is False
     return SamplingDefaults(
         temperature=0.0 if greedy else _number(values, "temperature", 1.0, 0, 2),
         top_p=_number(values, "top_p", 1.0, 1e-6, 1),
         top_k=int(_number(values, "top_k", 0, 0, 2**31 - 1)),
         min_p=_number(values, "min_p", 0.0, 0, 1),
+        repetition_penalty=_number(values, "repetition_penalty", 1.0, 1e-6, 10),
     )
 
 

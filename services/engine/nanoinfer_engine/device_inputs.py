@@ -111,6 +111,24 @@ def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
+def reads_new_blocks(rows: Sequence[BatchRow], block_size: int) -> set[int]:
+    """Rows of one token that see blocks which other rows of this very step write.
+
+    Only a row that has just started can: the prefix cache gave it blocks that are being filled. Its
+    attention must come after all writes, so it stands among the prompts.
+    """
+    starts = [index for index, row in enumerate(rows) if row.source_row is None and row.start]
+    suspects = [index for index in starts if rows[index].num_tokens == 1]
+    if not suspects:
+        return set()
+    written = {block for row in rows for block in row.block_ids[row.start // block_size :]}
+    return {
+        index
+        for index in suspects
+        if not written.isdisjoint(rows[index].block_ids[: rows[index].start // block_size])
+    }
+
+
 @dataclass(frozen=True)
 class MixedInputs:
     """A step with prompts in it, on the device; `order` are the batch's rows as they stand here."""
@@ -147,9 +165,11 @@ class _Packer:
 def mixed_inputs(rows: Sequence[BatchRow], places: Mapping[int, int], block_size: int,
                  device: torch.device) -> MixedInputs:
     """Lay out a step of any mix; `places` as in `sources`."""
-    order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens > 1)
+    late = reads_new_blocks(rows, block_size)
+    is_prompt = [row.num_tokens > 1 or index in late for index, row in enumerate(rows)]
+    order = sorted(range(len(rows)), key=lambda index: is_prompt[index])
     ordered = [rows[index] for index in order]
-    decoding = [row for row in ordered if row.num_tokens == 1]
+    decoding = ordered[: is_prompt.count(False)]
     prompts = ordered[len(decoding) :]
     packer = _Packer()
     lengths = np.array([row.num_tokens for row in ordered])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanoinfer_engine.batch import Batch, RowResult
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
-from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs
+from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
 from nanoinfer_engine.models.fused import FusedDecoder, StepTokens
 from nanoinfer_engine.request import SampledToken
@@ -73,7 +73,8 @@ class DeviceSteps:
 
     def launch(self, batch: Batch, places: dict[int, int]) -> DeviceStep:
         """Run `batch`; `places` are the previous step's, for rows that continue from it."""
-        if all(row.num_tokens == 1 and row.samples for row in batch.rows):
+        decodes = all(row.num_tokens == 1 and row.samples for row in batch.rows)
+        if decodes and not reads_new_blocks(batch.rows, self._block_size):
             return self._launch_decode(batch, places)
         inputs = mixed_inputs(batch.rows, places, self._block_size, self._device)
         tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)

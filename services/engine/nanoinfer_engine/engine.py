@@ -31,6 +31,7 @@ from nanoinfer_engine.errors import (
     NotReadyError,
     QueueFullError,
     is_device_error,
+    is_memory_error,
 )
 from nanoinfer_engine.pipeline import Pipeline
 from nanoinfer_engine.request import Request, RequestOutput
@@ -72,7 +73,7 @@ class Engine:
         """
         self.config = config
         self.statistics = Snapshot()
-        self.rejections = {"requests": 0, "tokens": 0}  # by the bound that was hit
+        self.rejections = {"requests": 0, "tokens": 0, "bytes": 0}  # by the bound that was hit
         self._load_runner = load_runner
         self._make_statistics = make_statistics
         self._listener = listener
@@ -203,13 +204,13 @@ class Engine:
         try:
             while self._wait_for_work():
                 self.step()
-        except Exception as error:
+        except BaseException as error:
             _LOG.exception("the engine is lost")
             lost = EngineLostError("the engine failed")
             with self._condition:
                 self._refusal = lost
+            self._on_loop(self._listener.lost, error)  # health first
             self._on_loop(self._streams.abandon, lost)
-            self._on_loop(self._listener.lost, error)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work; False when the thread shall end."""
@@ -221,13 +222,15 @@ class Engine:
             return not self._stopping
 
     def _lose_step(self, error: Exception) -> None:
-        """A step failed as a whole: what ran is ended; a lost device is lost for good."""
+        """A step failed as a whole: retry it smaller, or end what ran; a lost device is fatal."""
         _LOG.error("a step failed", exc_info=error)
+        if is_device_error(error):
+            raise error
+        if is_memory_error(error) and self._scheduler.retry_smaller():
+            return
         lost = EngineLostError("a step of the engine failed")
         lost.__cause__ = error
         self._publish(self._scheduler.fail_running(lost))
-        if is_device_error(error):
-            raise error
 
     def _take_inbox(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
@@ -271,15 +274,11 @@ class Engine:
     def _with_room(self, requests: Sequence[Request]) -> Load:
         """The load with these requests; raises QueueFullError if they do not fit the queue."""
         load = self._load.with_waiting(requests)
-        for bound, value, limit in (
-            ("requests", load.num_waiting, self.config.max_waiting_requests),
-            ("tokens", load.waiting_prompt_tokens, self.config.max_waiting_tokens),
-        ):
-            if value > limit:
-                self.rejections[bound] += 1
-                rate = self.statistics.tokens_per_second or _UNKNOWN_RATE
-                seconds = self._load.waiting_prompt_tokens / rate
-                raise QueueFullError(bound, min(max(seconds, _MIN_RETRY), _MAX_RETRY))
+        if bound := load.bound_beyond(self.config):
+            self.rejections[bound] += 1
+            rate = self.statistics.tokens_per_second or _UNKNOWN_RATE
+            seconds = self._load.waiting_prompt_tokens / rate
+            raise QueueFullError(bound, min(max(seconds, _MIN_RETRY), _MAX_RETRY))
         return load
 
     def _send_cancel(self, requests: tuple[Request, ...], error: Exception | None = None) -> None:

@@ -3,6 +3,7 @@
 EngineError
 ├── CapacityError     refused: the request can never fit the KV cache
 ├── QueueFullError    refused: the waiting queue is full
+├── QueueTimeoutError ended: it waited too long to start
 ├── NotReadyError     refused: the engine is still loading
 ├── DrainingError     refused, or ended unfinished: the engine drains
 ├── StalledReaderError ended: nobody took the request's tokens for too long
@@ -38,6 +39,15 @@ class QueueFullError(EngineError):
         self.retry_after = retry_after
 
 
+class QueueTimeoutError(EngineError):
+    """A request did not start within the time that the queue allows."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is that time, and what to wait before another try."""
+        super().__init__(f"the request did not start within {seconds:g} s")
+        self.retry_after = seconds
+
+
 class NotReadyError(EngineError):
     """Weights are still loading."""
 
@@ -54,10 +64,23 @@ class EngineLostError(EngineError):
     """A step failed as a whole; its cause is in `__cause__` and in the log."""
 
 
+class SamplingError(Exception):
+    """A row whose logits or options allow no choice; it ends that request alone."""
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether a step lacked memory, on the device or the host, and a smaller one may not."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 def is_device_error(error: BaseException) -> bool:
     """Whether the device is gone with this error: a CUDA fault, but not CUDA's lack of memory.
 
     Newer versions of torch have a class for it, all of them a RuntimeError with this text.
     """
-    is_memory = type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_memory
+    is_fault = isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    return is_fault and not is_memory_error(error)

@@ -1,15 +1,16 @@
-"""Proto ⇄ plain data: what a request asks for, and what an answer says.
+"""Proto → plain data: what a request asks for, and what is served.
 
-`ServedModel` resolves every unset field, so nothing below knows presence. `Answer` remembers what
-was sent, so that every message is a delta.
+`ServedModel` resolves every unset field, so nothing below knows presence.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from nanoinfer.v1 import engine_pb2, generation_pb2
 from nanoinfer_common import errors, names
@@ -18,27 +19,24 @@ from nanoinfer_common.validation import Limits, RequestMetadata
 
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.defaults import SamplingDefaults
-from nanoinfer_engine.request import (
-    FinishReason,
-    Logprob,
-    Request,
-    RequestOutput,
-    RequestTimes,
-    SampledToken,
-    SamplingOptions,
-    StoppingOptions,
-)
-from nanoinfer_engine.stream import Stream
+from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
 
 FEATURES = frozenset(
-    {generation_pb2.FEATURE_LOGPROBS, generation_pb2.FEATURE_MULTIPLE_CHOICES},
+    {
+        generation_pb2.FEATURE_LOGPROBS,
+        generation_pb2.FEATURE_PROMPT_LOGPROBS,
+        generation_pb2.FEATURE_LOGPROB_TOKEN_IDS,
+        generation_pb2.FEATURE_MULTIPLE_CHOICES,
+        generation_pb2.FEATURE_PENALTIES,
+        generation_pb2.FEATURE_LOGIT_BIAS,
+        generation_pb2.FEATURE_ALLOWED_TOKEN_IDS,
+        generation_pb2.FEATURE_TRUNCATE_PROMPT,
+    }
 )
 GREEDY_BELOW = 1e-5
 FINGERPRINT_BYTES = 32
-_REASONS = {
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-}
+# The prompt's log-probabilities travel in one message, which may have 8 MiB: 64 bytes for each.
+MAX_PROMPT_ENTRIES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,13 @@ class ServedModel:
     defaults: SamplingDefaults
     tokenizer_fingerprint: bytes | None
     weights_fingerprint: bytes
+    caches_prefixes: bool = True
+
+    @property
+    def features(self) -> frozenset[generation_pb2.Feature]:
+        """What a request may ask for, and what the engine does by itself."""
+        own = {generation_pb2.FEATURE_PREFIX_CACHING} if self.caches_prefixes else set()
+        return FEATURES | own
 
     @property
     def limits(self) -> Limits:
@@ -62,7 +67,7 @@ class ServedModel:
         return Limits(
             vocab_size=self.vocab_size,
             max_model_len=self.capacity.max_model_len,
-            features=FEATURES,
+            features=self.features,
         )
 
     def info(self) -> generation_pb2.ModelInfo:
@@ -78,12 +83,12 @@ class ServedModel:
                 top_p=self.defaults.top_p,
                 top_k=self.defaults.top_k,
                 min_p=self.defaults.min_p,
-                repetition_penalty=1.0,
+                repetition_penalty=self.defaults.repetition_penalty,
                 frequency_penalty=0.0,
                 presence_penalty=0.0,
                 n=1,
             ),
-            features=sorted(FEATURES),
+            features=sorted(self.features),
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             weights_fingerprint=self.weights_fingerprint,
             architecture=self.architecture,
@@ -122,24 +127,31 @@ class ServedModel:
     ) -> list[Request]:
         """One request for each completion of a validated `proto`; raises CapacityError.
 
-        Completion i uses seed + i, modulo 2^64. `deadline` is in monotonic nanoseconds.
+        Completion i uses seed + i, modulo 2^64; the first alone scores the prompt for all.
+        `deadline` is in monotonic nanoseconds.
         """
-        prompt = tuple(proto.prompt.ids)
+        prompt = tuple(prompt_ids(proto))
         stopping = self._stopping(proto.stopping, len(prompt))
         sampling = proto.sampling
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
-        arrived = time.monotonic_ns()
+        first = self._sampling(sampling, proto.response, seed)
+        _check_choice(first, stopping)
+        _check_scores(first, len(prompt))
+        others = replace(first, num_prompt_logprobs=None)
+        arrived, num_bytes = time.monotonic_ns(), proto.ByteSize()
         return [
             Request(
                 request_id=metadata.request_id,
                 index=index,
                 prompt_token_ids=prompt,
-                sampling=self._sampling(sampling, proto.response, (seed + index) % 2**64),
+                sampling=replace(others if index else first, seed=(seed + index) % 2**64),
                 stopping=stopping,
                 times=RequestTimes(arrived),
                 priority=metadata.priority,
                 tenant=metadata.tenant or "",
                 deadline=deadline,
+                cache_salt=proto.cache_salt if proto.HasField("cache_salt") else None,
+                num_bytes=num_bytes,
             )
             for index in range(sampling.n if sampling.HasField("n") else 1)
         ]
@@ -153,13 +165,28 @@ class ServedModel:
         defaults = self.defaults
         temperature = params.temperature if params.HasField("temperature") else defaults.temperature
         top_k = params.top_k if params.HasField("top_k") else defaults.top_k
+        default = defaults.repetition_penalty
+        listed = tuple(dict.fromkeys(response.logprob_token_ids))
+        # listed ids make an entry for each token necessary, as if `logprobs` were 0
+        has_logprobs = response.HasField("logprobs") or listed
+        scores_prompt = response.HasField("prompt_logprobs")
+        allowed = params.allowed_token_ids
         return SamplingOptions(
             temperature=0.0 if temperature < GREEDY_BELOW else temperature,
             top_k=min(top_k, self.vocab_size),
             top_p=params.top_p if params.HasField("top_p") else defaults.top_p,
             min_p=params.min_p if params.HasField("min_p") else defaults.min_p,
             seed=seed,
-            num_logprobs=response.logprobs if response.HasField("logprobs") else None,
+            num_logprobs=response.logprobs if has_logprobs else None,
+            repetition_penalty=(
+                params.repetition_penalty if params.HasField("repetition_penalty") else default
+            ),
+            frequency_penalty=params.frequency_penalty,
+            presence_penalty=params.presence_penalty,
+            logit_bias=tuple(params.logit_bias.items()),
+            allowed_token_ids=array("q", allowed) if allowed else None,
+            num_prompt_logprobs=response.prompt_logprobs if scores_prompt else None,
+            logprob_token_ids=listed,
         )
 
     def _stopping(
@@ -175,93 +202,36 @@ class ServedModel:
         )
 
 
-class Answer:
-    """The messages of one stream, built from the outputs of all its completions."""
+def prompt_ids(proto: engine_pb2.EngineServiceGenerateRequest) -> Sequence[int]:
+    """The prompt's ids, the last `truncate_prompt_tokens` of them where that is set."""
+    ids = proto.prompt.ids
+    return ids[-proto.truncate_prompt_tokens :] if proto.truncate_prompt_tokens else ids
 
-    def __init__(self, stream: Stream, model: ServedModel) -> None:
-        """`stream` brings the outputs that `message` is then called with."""
-        self.num_sent_tokens = 0
-        self._stream = stream
-        self._model = model
-        self._num_live = len(stream.requests)
-        self._is_first = True
 
-    def message(
-        self, outputs: Sequence[RequestOutput]
-    ) -> engine_pb2.EngineServiceGenerateResponse | None:
-        """What is new in `outputs`, merged: at most one delta for each index; None if nothing is.
-
-        Outputs that ended without a FinishReason of the contract only contribute their tokens.
-        """
-        message = engine_pb2.EngineServiceGenerateResponse()
-        deltas: dict[int, engine_pb2.TokenDelta] = {}
-        for output in outputs:
-            index = output.request.index
-            for token in output.tokens:
-                delta = deltas.get(index) or deltas.setdefault(index, message.deltas.add())
-                delta.index = index
-                _add_token(delta, token)
-            self.num_sent_tokens += len(output.tokens)
-            if output.finish_reason in _REASONS:
-                message.finishes.append(_finish(output))
-                self._num_live -= 1
-        if not deltas and not message.finishes:
-            return None
-        if self._is_first:
-            message.prompt_info.prompt_tokens = len(self._stream.requests[0].prompt_token_ids)
-            self._is_first = False
-        if self._num_live == 0:
-            message.summary.CopyFrom(self._summary())
-        return message
-
-    def _summary(self) -> generation_pb2.GenerationSummary:
-        slowest, requests = self._stream.slowest_request, self._stream.requests
-        phases = slowest.times.phases()
-        firsts = [r.times.first_token for r in requests if r.times.first_token is not None]
-        return generation_pb2.GenerationSummary(
-            usage=generation_pb2.Usage(
-                prompt_tokens=len(slowest.prompt_token_ids),
-                completion_tokens=sum(len(r.completion_token_ids) for r in requests),
-            ),
-            timings=generation_pb2.Timings(
-                queue_ns=phases.queue,
-                prefill_ns=phases.prefill,
-                decode_ns=phases.decode,
-                total_ns=time.monotonic_ns() - slowest.times.arrived,
-                time_to_first_token_ns=min(firsts) - slowest.times.arrived,
-            ),
-            model=self._model.name,
-            tokenizer_fingerprint=self._model.tokenizer_fingerprint or b"",
-            request_id=slowest.request_id,
+def _check_choice(sampling: SamplingOptions, stopping: StoppingOptions) -> None:
+    """Raise INVALID_ARGUMENT where no id may be chosen until `min_tokens` is reached."""
+    allowed = sampling.allowed_token_ids
+    if allowed is not None and stopping.masked_token_ids(0).issuperset(allowed):
+        _refuse(
+            names.INVALID_SAMPLING_PARAMS,
+            "sampling.allowed_token_ids",
+            "must have an id that does not end the completion before min_tokens",
         )
 
 
-def _finish(output: RequestOutput) -> generation_pb2.ChoiceFinish:
-    request, stopped_by = output.request, output.stop_token_id
-    finish = generation_pb2.ChoiceFinish(
-        index=request.index,
-        reason=_REASONS[output.finish_reason] if output.finish_reason else None,
-        seed=request.sampling.seed,
-    )
-    if stopped_by is None:
-        return finish
-    if stopped_by in request.stopping.stop_token_ids:
-        finish.stop_match.token_id = stopped_by
-    else:
-        finish.stop_match.eos = True
-    return finish
+def _check_scores(sampling: SamplingOptions, num_prompt_tokens: int) -> None:
+    """Raise INVALID_ARGUMENT for more log-probabilities of the prompt than one message takes."""
+    if sampling.num_prompt_logprobs is None:
+        return
+    per_token = 1 + sampling.num_prompt_logprobs + len(sampling.logprob_token_ids)
+    if num_prompt_tokens * per_token > MAX_PROMPT_ENTRIES:
+        _refuse(
+            names.INVALID_RESPONSE_OPTIONS,
+            "response.prompt_logprobs",
+            f"asks for {num_prompt_tokens} x {per_token} entries; one answer has room for"
+            f" {MAX_PROMPT_ENTRIES}",
+        )
 
 
-def _add_token(delta: engine_pb2.TokenDelta, token: SampledToken) -> None:
-    delta.token_ids.append(token.token_id)
-    if token.logprob is not None:
-        entry = delta.logprobs.add()
-        _fill_logprob(entry, token.logprob)
-        for alternative in token.top:
-            _fill_logprob(entry.top.add(), alternative)
-
-
-def _fill_logprob(
-    message: generation_pb2.TokenLogprob | generation_pb2.TopLogprob, value: Logprob
-) -> None:
-    message.token_id, message.logprob, message.rank = value.token_id, value.logprob, value.rank
+def _refuse(reason: str, field: str, description: str) -> NoReturn:
+    raise errors.invalid(reason, f"{field} {description}", Violation(field, description))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from nanoinfer_common import metrics, names
+from nanoinfer_common import metrics
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -33,28 +33,35 @@ _OUTCOMES = {
     FinishReason.DEADLINE: "error",
     FinishReason.CANCELLED: "cancelled",
 }
-_REJECTIONS = {"requests": "max_num_queued_reqs", "tokens": "max_num_queued_tokens"}
+_REJECTIONS = {
+    "requests": "max_num_queued_reqs",
+    "tokens": "max_num_queued_tokens",
+    "bytes": "max_num_queued_bytes",
+}
 # The engine's own names, and what the world calls them.
 _COUNTERS = {
-    "prompt_tokens": (names.PROMPT_TOKENS, "Prompt tokens computed."),
-    "completion_tokens": (names.GENERATION_TOKENS, "Completion tokens produced."),
-    "preemptions": (names.NUM_PREEMPTIONS, "Times a request had to give its blocks up."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed or cached."),
+    "cached_tokens": ("prompt_tokens_cached", "Prompt tokens from the prefix cache."),
+    "cache_queries": ("prefix_cache_queries", "Tokens looked up in the prefix cache."),
+    "cache_hits": ("prefix_cache_hits", "Tokens found in the prefix cache."),
+    "completion_tokens": ("generation_tokens", "Completion tokens produced."),
+    "preemptions": ("num_preemptions", "Times a request had to give its blocks up."),
 }
 _HISTOGRAMS = {
-    "time_to_first_token": (names.TIME_TO_FIRST_TOKEN_SECONDS, "Arrival to first token."),
-    "inter_token": (names.INTER_TOKEN_LATENCY_SECONDS, "Between two tokens."),
-    "time_per_token": (names.TIME_PER_OUTPUT_TOKEN_SECONDS, "Mean per token after the first."),
-    "end_to_end": (names.E2E_REQUEST_LATENCY_SECONDS, "Arrival to end."),
-    "queue": (names.REQUEST_QUEUE_TIME_SECONDS, "Arrival to first step."),
-    "prefill": (names.REQUEST_PREFILL_TIME_SECONDS, "First step to first token."),
-    "decode": (names.REQUEST_DECODE_TIME_SECONDS, "First token to end."),
-    "inference": (names.REQUEST_INFERENCE_TIME_SECONDS, "First step to end."),
-    "prompt_length": (names.REQUEST_PROMPT_TOKENS, "Prompt tokens of a request."),
-    "completion_length": (names.REQUEST_GENERATION_TOKENS, "Completion tokens of a request."),
-    "max_length": (names.REQUEST_MAX_NUM_GENERATION_TOKENS, "Longest completion of a request."),
-    "choices": (names.REQUEST_PARAMS_N, "Completions asked for."),
-    "max_tokens": (names.REQUEST_PARAMS_MAX_TOKENS, "Completion tokens allowed."),
-    "step_tokens": (names.ITERATION_TOKENS, "Tokens computed in a step."),
+    "time_to_first_token": ("time_to_first_token_seconds", "Arrival to first token."),
+    "inter_token": ("inter_token_latency_seconds", "Between two tokens."),
+    "time_per_token": ("request_time_per_output_token_seconds", "Mean per token after the first."),
+    "end_to_end": ("e2e_request_latency_seconds", "Arrival to end."),
+    "queue": ("request_queue_time_seconds", "Arrival to first step."),
+    "prefill": ("request_prefill_time_seconds", "First step to first token."),
+    "decode": ("request_decode_time_seconds", "First token to end."),
+    "inference": ("request_inference_time_seconds", "First step to end."),
+    "prompt_length": ("request_prompt_tokens", "Prompt tokens of a request."),
+    "completion_length": ("request_generation_tokens", "Completion tokens of a request."),
+    "max_length": ("request_max_num_generation_tokens", "Longest completion of a request."),
+    "choices": ("request_params_n", "Completions asked for."),
+    "max_tokens": ("request_params_max_tokens", "Completion tokens allowed."),
+    "step_tokens": ("iteration_tokens_total", "Tokens computed in a step."),
 }
 _STEP_BUCKETS = tuple(step * 10.0**power for power in range(-4, 2) for step in (1, 2.5, 5))
 
@@ -110,23 +117,23 @@ class EngineCollector(Collector):
         labels = {"model_name": facts.model_name, "engine": "0"}
         shape = {"block_size": str(facts.block_size), "num_gpu_blocks": str(facts.num_blocks)}
         prefixed = [
-            _gauge(names.NUM_REQUESTS_RUNNING, "Requests that run.", labels, load.num_running),
-            _gauge(names.NUM_REQUESTS_WAITING, "Requests that wait.", labels, load.num_waiting),
-            _gauge(names.KV_CACHE_USAGE, "KV cache in use, 0 to 1.", labels, load.kv_usage),
-            _gauge(names.CACHE_CONFIG_INFO, "Shape of the KV cache.", labels | shape, 1),
+            _gauge("num_requests_running", "Requests that run.", labels, load.num_running),
+            _gauge("num_requests_waiting", "Requests that wait.", labels, load.num_waiting),
+            _gauge("kv_cache_usage_perc", "KV cache in use, 0 to 1.", labels, load.kv_usage),
+            _gauge("cache_config_info", "Shape of the KV cache.", labels | shape, 1),
             *(
                 _counter(name, text, labels, "", {"": snapshot.counters.get(key, 0)})
                 for key, (name, text) in _COUNTERS.items()
             ),
             _counter(
-                names.REQUEST_SUCCESS,
+                "request_success",
                 "Requests that ended well.",
                 labels,
                 "finished_reason",
                 {reason.value: snapshot.finished.get(reason, 0) for reason in _SUCCESS},
             ),
             _counter(
-                names.ADMISSION_REJECTIONS,
+                "admission_rejections",
                 "Requests refused because the queue was full.",
                 labels,
                 "reason",
@@ -151,18 +158,18 @@ def _own_families(snapshot: Snapshot, load: Load, labels: Labels) -> Iterable[Me
     for reason, count in snapshot.finished.items():
         outcomes[_OUTCOMES[reason]] += count
     accepted = {"": snapshot.counters.get("accepted", 0)}
-    yield _counter(names.ENGINE_ACCEPTED, "Completions accepted.", labels, "", accepted)
-    yield _counter(names.ENGINE_REQUESTS, "Completions that ended.", labels, "outcome", outcomes)
+    yield _counter("nanoinfer_engine_accepted", "Completions accepted.", labels, "", accepted)
+    yield _counter("nanoinfer_engine_requests", "Ended completions.", labels, "outcome", outcomes)
     is_busy = load.num_running + load.num_waiting > 0
     age = 0.0
     if is_busy and snapshot.last_step is not None:
         age = (time.monotonic_ns() - snapshot.last_step) * NANOSECONDS
-    yield _gauge(names.ENGINE_LAST_STEP_AGE_SECONDS, "Time since a step ended.", labels, age)
+    yield _gauge("nanoinfer_engine_last_step_age_seconds", "Time since a step ended.", labels, age)
     if "step" in snapshot.histograms:
         kind = {**labels, "kind": "eager"}
         step, size = snapshot.histograms["step"], snapshot.histograms["batch_size"]
-        yield _histogram(names.ENGINE_STEP_SECONDS, "Time of a step.", kind, step)
-        yield _histogram(names.ENGINE_STEP_BATCH_SIZE, "Requests in a step.", labels, size)
+        yield _histogram("nanoinfer_engine_step_seconds", "Time of a step.", kind, step)
+        yield _histogram("nanoinfer_engine_step_batch_size", "Requests in a step.", labels, size)
 
 
 def _gauge(name: str, text: str, labels: Labels, value: float) -> Metric:

@@ -175,6 +175,9 @@ class Request:
     names (preempted, resumed) with monotonic nanoseconds, the first MAX_EVENTS of them.
     `token_counts` is there where penalties are; `prompt_logprobs` has one entry for each prompt
     token but the first, as far as they are computed, where they are asked for.
+    `block_names` names the contents of full blocks in order; `num_cached_tokens` says how many
+    prompt tokens came from the prefix cache, None where it was not asked. `num_bytes` is what the
+    request takes in the queue. Without `cache_salt` the tenant separates prefix-cache entries.
     Invariant: 0 <= num_computed_tokens <= num_tokens.
     """
 
@@ -187,6 +190,8 @@ class Request:
     priority: int = 0
     tenant: str = ""
     deadline: int | None = None
+    cache_salt: str | None = None
+    num_bytes: int = 0
     # owned by the scheduler
     arrival_number: int = 0
     completion_token_ids: list[int] = field(default_factory=list)
@@ -195,6 +200,8 @@ class Request:
     num_unread_tokens: int = 0
     may_run_ahead: bool = True
     block_ids: list[int] = field(default_factory=list)
+    block_names: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int | None = None
     num_preemptions: int = 0
     num_prefill_chunks: int = 0
     num_waiting_at_arrival: int = 0
@@ -250,6 +257,17 @@ class Request:
         if not self.scores_prompt or self.completion_token_ids:
             return ()
         return self.prompt_token_ids[start + 1 : stop + 1]
+
+    def record_grant(
+        self, num_tokens: int, num_rows: int, samples: bool, may_run_ahead: bool
+    ) -> None:
+        """Count a step of `num_rows` rows that computes `num_tokens` more and may sample."""
+        self.num_in_flight_tokens += num_tokens
+        self.num_unread_tokens += samples
+        self.may_run_ahead = may_run_ahead
+        self.num_steps += 1
+        self.num_prefill_chunks += self.times.first_token is None
+        self.max_batch_size = max(self.max_batch_size, num_rows)
 
     def add_event(self, name: str, time: int) -> None:
         """Remember an event for the trace; beyond MAX_EVENTS it is dropped (the counts remain)."""

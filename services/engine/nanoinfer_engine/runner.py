@@ -18,6 +18,7 @@ from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.inputs import build_inputs, tail_slots
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for
+from nanoinfer_engine.logprobs import score_prompts
 from nanoinfer_engine.models import build_model, checkpoint_layout
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.sampler import sample
@@ -160,12 +161,16 @@ class ModelRunner:
             self._cache.clear_slots(tail_slots(batch, self.block_size))
         plan = self._backend.plan(inputs.attention)
         hidden = self._model(inputs.token_ids, inputs.positions, self._backend, plan)
-        sampling_rows = [row for row in batch.rows if row.samples]
-        if not sampling_rows:
-            return [None] * len(batch.rows)
-        logits = self._model.logits(hidden.index_select(0, inputs.sampled_tokens))
-        sampled = iter(sample(logits, sampling_rows))
-        return [next(sampled) if row.samples else None for row in batch.rows]
+        results: list[RowResult] = [None] * len(batch.rows)
+        sampling = [index for index, row in enumerate(batch.rows) if row.samples]
+        if sampling:
+            logits = self._model.logits(hidden.index_select(0, inputs.sampled_tokens))
+            sampled = sample(logits, [batch.rows[index] for index in sampling])
+            for index, result in zip(sampling, sampled, strict=True):
+                results[index] = result
+        if any(row.scored_token_ids for row in batch.rows):
+            return score_prompts(batch.rows, hidden, results, self._model.logits)
+        return results
 
     @torch.inference_mode()
     def warm_up(self) -> float:

@@ -1,8 +1,9 @@
 """Logits → token ids, all rows of a step together; a row's result depends on that row alone.
 
-A distribution is shaped in this order: masked ids removed, temperature, top-k, top-p over what
-top-k left, min-p relative to the likeliest id. Each filter is a threshold on the logits, so ids
-that tie at the border stay together and no order among them is invented.
+A distribution is made in this order: `shaping` (penalties, bias, masks), temperature, top-k, top-p
+over what top-k left, min-p relative to the likeliest id. Each filter is a threshold on the logits,
+so ids that tie at the border stay together and no order among them is invented. Log-probabilities
+are those before all of it.
 
 Randomness is counter-based: the uniform number of a token is a hash of its request's seed and its
 position, and the token is where the cumulative distribution, in id order, passes it. Neither the
@@ -18,16 +19,15 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.request import Logprob, SampledToken
+from nanoinfer_engine.errors import SamplingError, is_device_error
+from nanoinfer_engine.logprobs import score
+from nanoinfer_engine.request import SampledToken
+from nanoinfer_engine.shaping import shape
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them would leave float32."""
 
 _MASK64 = (1 << 64) - 1
-
-
-class SamplingError(Exception):
-    """A row whose logits or options allow no choice; it ends that row alone."""
 
 
 def sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken | Exception]:
@@ -38,6 +38,8 @@ def sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken | Exce
     try:
         return list(_sample(logits.float().cpu(), rows))
     except Exception as error:  # isolation: whatever one row provokes stays with that row
+        if is_device_error(error):
+            raise
         if len(rows) == 1:
             return [error]
         return [
@@ -62,8 +64,8 @@ def _splitmix64(state: int) -> int:
 
 def _sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken]:
     """[rows, vocabulary] float32 on the host → tokens; raises if any row fails."""
-    allowed = _masked(logits, rows)
-    best, greedy_ids = allowed.max(dim=-1)
+    shaped = shape(logits, rows)
+    best, greedy_ids = shaped.max(dim=-1)
     # max propagates NaN; a row of -inf alone has nothing to choose
     if not bool(torch.isfinite(best).all()):
         raise SamplingError("logits are not finite, or every token id is masked")
@@ -74,7 +76,7 @@ def _sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken]:
         if row.sampling.temperature >= GREEDY_BELOW and row.sampling.top_k != 1
     ]
     if drawn:
-        chosen = _draw(_select(allowed, drawn), [rows[index] for index in drawn])
+        chosen = _draw(_select(shaped, drawn), [rows[index] for index in drawn])
         for index, token_id in zip(drawn, chosen, strict=True):
             token_ids[index] = token_id
     return _with_logprobs(logits, rows, token_ids)
@@ -82,21 +84,6 @@ def _sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken]:
 
 def _select(values: Tensor, indices: list[int]) -> Tensor:
     return values if len(indices) == len(values) else values[indices]
-
-
-def _masked(logits: Tensor, rows: Sequence[BatchRow]) -> Tensor:
-    """`logits`, or a copy in which the masked ids are -inf."""
-    vocab_size = logits.shape[-1]
-    pairs = [(index, id_) for index, row in enumerate(rows) for id_ in row.masked_token_ids]
-    if not pairs:
-        return logits
-    for _, token_id in pairs:
-        if not 0 <= token_id < vocab_size:
-            raise SamplingError(f"masked token id {token_id} is outside the vocabulary")
-    row_indices, token_ids = zip(*pairs, strict=True)
-    masked = logits.clone()
-    masked[list(row_indices), list(token_ids)] = -math.inf
-    return masked
 
 
 def _draw(logits: Tensor, rows: Sequence[BatchRow]) -> list[int]:
@@ -160,25 +147,17 @@ def _top_p_threshold(scaled: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
 def _with_logprobs(
     logits: Tensor, rows: Sequence[BatchRow], token_ids: Sequence[int]
 ) -> list[SampledToken]:
-    """Attach log-probabilities from the raw distribution to the rows that ask for them."""
+    """Attach log-probabilities where asked for, to all rows at once that ask for the same."""
     tokens = [SampledToken(token_id) for token_id in token_ids]
-    asking = [index for index, row in enumerate(rows) if row.sampling.num_logprobs is not None]
-    if not asking:
-        return tokens
-    logprobs = torch.log_softmax(_select(logits, asking), dim=-1)
-    for index, values in zip(asking, logprobs, strict=True):
-        count = min(rows[index].sampling.num_logprobs or 0, len(values))
-        tokens[index] = _describe(token_ids[index], values, count)
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index, row in enumerate(rows):
+        options = row.sampling
+        if options.num_logprobs is not None:
+            key = (options.num_logprobs, options.logprob_token_ids)
+            groups.setdefault(key, []).append(index)
+    for (num_top, listed_ids), indices in groups.items():
+        chosen = [token_ids[index] for index in indices]
+        scored = score(_select(logits, indices), chosen, num_top, listed_ids)
+        for index, token in zip(indices, scored, strict=True):
+            tokens[index] = token
     return tokens
-
-
-def _describe(token_id: int, logprobs: Tensor, count: int) -> SampledToken:
-    """The token with its own log-probability and the `count` likeliest."""
-    own = logprobs[token_id]
-    rank = int((logprobs > own).sum()) + 1
-    likeliest = logprobs.topk(count, sorted=True)
-    pairs = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
-    values = [value for _, value in pairs]
-    # ids that tie share the better rank, as the sampled token's own rank does
-    top = tuple(Logprob(each, value, values.index(value) + 1) for each, value in pairs)
-    return SampledToken(token_id, Logprob(token_id, float(own), rank), top)

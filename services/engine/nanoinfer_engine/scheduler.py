@@ -5,38 +5,26 @@ computed ones; a step grants it n more of those that are pending. Chunked prefil
 than what is pending, decoding is a pending count of 1, and preemption sets the computed count back
 to 0 and lets the same rule run again. Once everything known is computed, the row samples.
 
-Order is one key everywhere: higher priority first, then arrival. The first in that order is never
-preempted, so it always ends, and so does everybody behind it.
+Running requests have one order: higher priority first, then arrival. The first in that order is
+never preempted but for a higher priority, so it ends, and so does everybody behind it. Whose turn
+it is to start is the queue's to say (`waiting`), which blocks can be had `block_tables`'.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
 
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult, ScoredPrompt
-from nanoinfer_engine.blocks import BlockPool
+from nanoinfer_engine.batch import Batch, RowResult
+from nanoinfer_engine.block_tables import BlockTables
 from nanoinfer_engine.capacity import Capacity, Load
 from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
-
-
-@dataclass
-class _Plan:
-    """The step being planned: tokens granted to each request, and what is left to grant."""
-
-    budget: int
-    grants: dict[Request, int] = field(default_factory=dict)
-
-    def grant(self, request: Request, num_tokens: int) -> None:
-        self.grants[request] = num_tokens
-        self.budget -= num_tokens
-
-    def revoke(self, request: Request) -> None:
-        self.budget += self.grants.pop(request, 0)
+from nanoinfer_engine.errors import QueueTimeoutError
+from nanoinfer_engine.plan import Plan, StepLimit
+from nanoinfer_engine.request import FinishReason, Request, RequestOutput
+from nanoinfer_engine.rows import make_row, take_result
+from nanoinfer_engine.waiting import WaitingQueue
 
 
 def _order(request: Request) -> tuple[int, int]:
@@ -59,13 +47,16 @@ class Scheduler:
         self.num_preemptions = 0
         self._config = config
         self._clock = clock
-        self._pool = BlockPool(capacity.kv_tokens // config.block_size)
-        self._waiting: list[Request] = []  # in order
-        self._waiting_prompt_tokens = 0
+        self._tables = BlockTables(
+            capacity.kv_tokens // config.block_size, config.block_size, config.prefix_caching
+        )
+        self._waiting = WaitingQueue()
         self._running: dict[Request, None] = {}  # a set that keeps its order
-        # the requests behind the rows of each batch that is not updated yet, the oldest first
-        self._in_flight: deque[tuple[Request, ...]] = deque()
+        # behind the rows of each batch that is not updated yet, the oldest first: the request, and
+        # how often it had been preempted
+        self._in_flight: deque[dict[Request, int]] = deque()
         self._num_arrived = 0
+        self._limit = StepLimit(config.max_batch_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -75,8 +66,13 @@ class Scheduler:
     @property
     def load(self) -> Load:
         """How busy the scheduler is now."""
+        waiting = self._waiting
         return Load(
-            len(self._running), len(self._waiting), self._waiting_prompt_tokens, self._pool.usage
+            len(self._running),
+            len(waiting),
+            waiting.num_prompt_tokens,
+            waiting.num_bytes,
+            self._tables.usage,
         )
 
     def add(self, request: Request) -> None:
@@ -85,56 +81,88 @@ class Scheduler:
         self._num_arrived += 1
         request.arrival_number = self._num_arrived
         request.num_waiting_at_arrival = len(self._waiting)
-        self._enqueue(request)
+        self._waiting.add(request)
 
     def cancel(self, request: Request, error: Exception | None = None) -> RequestOutput | None:
         """End a request now, with `error` if one is to blame; None if it has ended already."""
         reason = FinishReason.ERROR if error else FinishReason.CANCELLED
-        if request not in self._running and not self._is_waiting(request):
+        if request not in self._running and request not in self._waiting:
             return None
-        return self._end(request, reason, error=error)
+        return self._end(request, reason, error)
 
     def fail_running(self, error: Exception) -> list[RequestOutput]:
         """End everything that has been granted tokens, because a step failed as a whole."""
-        self._in_flight.clear()
-        for request in self._waiting:
-            request.num_unread_tokens = 0  # preempted since: the token will be sampled again
-        return [self._end(r, FinishReason.ERROR, error=error) for r in tuple(self._running)]
+        self._forget_in_flight()
+        return [self._end(r, FinishReason.ERROR, error) for r in tuple(self._running)]
+
+    def retry_smaller(self) -> bool:
+        """Take back a step that ran out of memory: preempt its rows, halve the steps to come.
+
+        Returns False where a step cannot be smaller: then the step is lost.
+        """
+        if not self._limit.shrink():
+            return False
+        self._forget_in_flight()
+        for request in tuple(self._running):
+            self._tables.forget(request)
+            self._preempt(request)
+        return True
 
     def expire(self) -> list[RequestOutput]:
-        """End every request, waiting or running, whose deadline has passed."""
-        now = self._clock()
-        late = [
-            request
-            for request in (*self._running, *self._waiting)
-            if request.deadline is not None and request.deadline <= now
-        ]
-        return [self._end(request, FinishReason.DEADLINE) for request in late]
+        """End requests whose deadline has passed, and those that waited too long to start at all.
+
+        The first completion's wait stands for its siblings': they start after it.
+        """
+        now, seconds = self._clock(), self._config.max_queue_seconds
+        live = (*self._running, *self._waiting)
+        late = [r for r in live if r.deadline is not None and r.deadline <= now]
+        outputs = [self._end(request, FinishReason.DEADLINE) for request in late]
+        if seconds is None:
+            return outputs
+        oldest = now - int(seconds * 1e9)
+        for request in tuple(self._waiting):
+            times = request.times
+            if times.scheduled is None and times.arrived < oldest and request.index == 0:
+                error = QueueTimeoutError(seconds)
+                outputs.append(self._end(request, FinishReason.ERROR, error))
+        return outputs
 
     def schedule(self) -> Batch | None:
         """Plan one step; None where there is nothing to do.
 
-        Running requests come first, decodes before prefills, so that streams keep flowing; what is
-        left of the budget admits from the queue, unless somebody had to give blocks up just now.
-        May be called again before `update`, once: rows then continue from ids not yet known.
+        Decodes come first, so that streams keep flowing, then prefills and newcomers by priority.
+        Nobody starts in a step in which somebody had to give blocks up for a decode.
+        May be called once more before `update`: rows then go on from ids that nobody knows yet.
         """
-        plan = _Plan(self._config.max_batch_tokens)
-        if not self._grant_running(plan):
-            self._admit_waiting(plan)
+        plan = Plan(self._limit.num_tokens)
+        self._make_way()
+        may_start = self._grant_decodes(plan)
+        prefills = [r for r in self._running if r.num_pending_tokens > 1]
+        for request in sorted(prefills, key=_order):
+            if may_start:
+                self._start_waiting(plan, above=request.priority)
+            if plan.budget:  # its blocks it has had from the start
+                self._grant(plan, request)
+        if may_start:
+            self._start_waiting(plan)
         if not plan.grants:
             return None
-        last = self._in_flight[-1] if self._in_flight else ()
+        last = self._in_flight[-1] if self._in_flight else {}
         places = {request: row for row, request in enumerate(last)}
-        rows = tuple(self._row(r, n, places.get(r)) for r, n in plan.grants.items())
-        self._in_flight.append(tuple(plan.grants))
+        num_blocks = self._tables.num_blocks
+        rows = [
+            make_row(
+                request,
+                num_tokens,
+                num_blocks(request.num_granted_tokens + num_tokens),
+                places.get(request),
+            )
+            for request, num_tokens in plan.grants.items()
+        ]
+        self._in_flight.append({request: request.num_preemptions for request in plan.grants})
         for request, row in zip(plan.grants, rows, strict=True):
-            request.num_in_flight_tokens += row.num_tokens
-            request.num_unread_tokens += row.samples
-            request.may_run_ahead = row.is_plain
-            request.num_steps += 1
-            request.num_prefill_chunks += request.times.first_token is None
-            request.max_batch_size = max(request.max_batch_size, len(plan.grants))
-        return Batch(rows)
+            request.record_grant(row.num_tokens, len(rows), row.samples, row.is_plain)
+        return Batch(tuple(rows))
 
     def update(self, batch: Batch, results: Sequence[RowResult]) -> list[RequestOutput]:
         """Take a step's results: append, detect the end, free. A row that failed ends alone.
@@ -143,162 +171,151 @@ class Scheduler:
         skipped; one that was preempted since gets its token all the same.
         """
         now = self._clock()
-        outputs = []
-        for request, row, result in zip(
-            self._in_flight.popleft(), batch.rows, results, strict=True
+        outputs: list[RequestOutput] = []
+        granted = self._in_flight.popleft().items()
+        for (request, num_preemptions), row, result in zip(
+            granted, batch.rows, results, strict=True
         ):
-            if request.times.finished is not None:
+            if request not in self._running and request not in self._waiting:
                 continue
             request.num_unread_tokens -= row.samples
-            if request in self._running:
+            if request.num_preemptions == num_preemptions:
                 request.num_in_flight_tokens -= row.num_tokens
                 request.num_computed_tokens += row.num_tokens
-            if isinstance(result, ScoredPrompt):
-                request.prompt_logprobs[row.start :] = result.tokens
-                result = result.sampled
-            if isinstance(result, Exception):
-                outputs.append(self._end(request, FinishReason.ERROR, error=result))
-            elif isinstance(result, SampledToken):
-                is_first = not request.completion_token_ids
-                output = self._append(request, result, now)
-                if is_first and request.prompt_logprobs:
-                    output = replace(output, prompt_logprobs=tuple(request.prompt_logprobs))
-                outputs.append(output)
+            try:
+                output = take_result(request, row, result, now)
+            except Exception as error:
+                outputs.append(self._end(request, FinishReason.ERROR, error))
+                continue
+            if output is None:
+                continue
+            self._waiting.charge(request, 1)
+            if output.finish_reason is not None:
+                self._take_out(request)
+            outputs.append(output)
+        self._limit.record_success()
         return outputs
 
-    def _grant_running(self, plan: _Plan) -> bool:
-        """Grant what is pending in running requests; returns whether one was preempted."""
-        num_running = len(self._running)
-        for request in sorted(self._running, key=lambda r: (r.num_pending_tokens > 1, *_order(r))):
-            if request not in self._running or plan.budget == 0 or not request.can_go_on:
-                continue
-            num_tokens = min(request.num_pending_tokens, plan.budget)
-            if self._reserve(request, request.num_granted_tokens + num_tokens, plan):
-                plan.grant(request, num_tokens)
-        return len(self._running) < num_running
+    def _forget_in_flight(self) -> None:
+        """What is in flight will give nothing: the ids that were sampled there come anew."""
+        self._in_flight.clear()
+        for request in (*self._running, *self._waiting):
+            request.num_unread_tokens = 0
 
-    def _reserve(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
-        """Give `request` blocks for `num_tokens`, preempting the last in order while none are free.
+    def _make_way(self) -> None:
+        """Preempt lower priorities, the last in order first, if that lets the next one start.
+
+        It cannot go back and forth: what was preempted never preempts its elders in priority.
+        """
+        if not self._waiting:
+            return
+        request = self._waiting.first
+        lower = [r for r in self._running if r.priority < request.priority]
+        # Those of at least its priority keep what they have, and would have to leave it enough.
+        num_free = self._tables.num_free + sum(len(r.block_ids) for r in lower)
+        num_staying = len(self._running) - len(lower)
+        if not lower or self._tables.num_needed(request) + num_staying > num_free:
+            return
+        for victim in sorted(lower, key=_order, reverse=True):
+            if self._can_start(request):
+                return
+            self._preempt(victim)
+
+    def _grant_decodes(self, plan: Plan) -> bool:
+        """Grant a token to who needs but one; returns whether nobody had to be preempted."""
+        num_running = len(self._running)
+        decodes = [r for r in self._running if r.num_pending_tokens == 1 and r.can_go_on]
+        for request in sorted(decodes, key=_order):
+            if request in self._running and plan.budget and self._reserve(request, plan):
+                plan.grant(request, 1)
+        # Now that no grant is revoked any more, what they fill can be found.
+        self._remember(plan, plan.grants)
+        return len(self._running) == num_running
+
+    def _reserve(self, request: Request, plan: Plan) -> bool:
+        """Give blocks for every known token, preempting the last in order while none are free.
 
         Returns False if the request itself was the last and had to go.
         """
-        missing = self._num_blocks(num_tokens) - len(request.block_ids)
-        while missing > self._pool.num_free:
+        num_tokens = request.num_tokens + request.num_unread_tokens
+        while self._tables.num_missing(request, num_tokens) > self._tables.num_free:
             victim = max(self._running, key=_order)
             plan.revoke(victim)
             self._preempt(victim)
             if victim is request:
                 return False
-        self._allocate(request, missing)
+        self._tables.grow(request, num_tokens)
         return True
 
-    def _admit_waiting(self, plan: _Plan) -> None:
-        """Start requests from the head of the queue while budget, rows and blocks last.
+    def _start_waiting(self, plan: Plan, above: int | None = None) -> None:
+        """Start requests whose turn it is, while budget, rows and blocks last.
 
-        All known tokens get their blocks at once: a prefill that has begun cannot run out half-way.
-        One free block for each running request is left, so that the newcomer is not preempted by
-        its elders' next tokens.
+        With `above`, only those of a higher priority. All known tokens get their blocks at once: a
+        prefill that has begun cannot run out half-way.
         """
-        while (
-            self._waiting and plan.budget and len(self._running) < self._config.max_batch_requests
-        ):
-            request = self._waiting[0]
-            needed = self._num_blocks(request.num_tokens)
-            if needed + len(self._running) > self._pool.num_free and self._running:
+        while plan.budget and self._waiting:
+            request = self._waiting.first
+            if above is not None and request.priority <= above:
                 return
-            self._dequeue(request)
+            if request.num_unread_tokens or not self._can_start(request):
+                return
+            self._waiting.take(request)
             self._running[request] = None
-            self._allocate(request, needed)
+            self._tables.start(request)
             now = self._clock()
             if request.times.scheduled is None:
                 request.times.scheduled = now
+                self._waiting.charge(request, request.num_pending_tokens)
             else:
                 request.add_event("resumed", now)
-            plan.grant(request, min(request.num_pending_tokens, plan.budget))
+            self._grant(plan, request)
 
-    def _row(self, request: Request, num_tokens: int, last_row: int | None) -> BatchRow:
-        """`last_row` is the request's in the step before, if that is still in flight."""
-        start = request.num_granted_tokens
-        stop = start + num_tokens
-        return BatchRow(
-            token_ids=request.tokens(start, stop),
-            start=start,
-            block_ids=tuple(request.block_ids[: self._num_blocks(stop)]),
-            samples=stop == request.num_tokens + request.num_unread_tokens,
-            sampling=request.sampling,
-            masked_token_ids=request.stopping.masked_token_ids(
-                len(request.completion_token_ids) + request.num_unread_tokens
-            ),
-            source_row=last_row if stop > request.num_tokens else None,
-            token_counts=request.token_counts,
-            scored_token_ids=request.scored_token_ids(start, stop),
+    def _can_start(self, request: Request) -> bool:
+        """Whether rows and blocks suffice.
+
+        One free block for each running request is left, so that the newcomer is not preempted by
+        its elders' next tokens.
+        """
+        num_running = len(self._running)
+        needed = self._tables.num_needed(request) + num_running
+        return not num_running or (
+            needed <= self._tables.num_free and num_running < self._config.max_batch_requests
         )
 
-    def _append(self, request: Request, sampled: SampledToken, now: int) -> RequestOutput:
-        """Add a token to its request and end the request if this token does."""
-        times, stopping = request.times, request.stopping
-        if times.first_token is None:
-            times.first_token = now
-        if times.last_token is not None:
-            times.token_gap = now - times.last_token
-        times.last_token = now
-        request.append(sampled.token_id)
-        is_stop_id = sampled.token_id in stopping.stop_token_ids
-        if is_stop_id or sampled.token_id in stopping.eos_token_ids:
-            visible = (sampled,) if is_stop_id and stopping.include_stop_token else ()
-            return self._end(request, FinishReason.STOP, visible, stop_token_id=sampled.token_id)
-        if len(request.completion_token_ids) >= stopping.max_tokens:
-            return self._end(request, FinishReason.LENGTH, (sampled,))
-        return RequestOutput(request, (sampled,))
+    def _grant(self, plan: Plan, request: Request) -> None:
+        """Grant what is pending, or what is left; such a grant is final."""
+        plan.grant(request, min(request.num_pending_tokens, plan.budget))
+        self._remember(plan, [request])
+
+    def _remember(self, plan: Plan, requests: Iterable[Request]) -> None:
+        for request in requests:
+            stop = request.num_granted_tokens + plan.grants[request]
+            self._tables.remember(request, min(stop, request.num_tokens))
 
     def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        tokens: tuple[SampledToken, ...] = (),
-        *,
-        stop_token_id: int | None = None,
-        error: Exception | None = None,
+        self, request: Request, reason: FinishReason, error: Exception | None = None
     ) -> RequestOutput:
+        """End a live request; nobody may find what a failed one leaves behind."""
+        if error is not None:
+            self._tables.forget(request)
+        self._take_out(request)
+        return RequestOutput(request, finish_reason=reason, error=error)
+
+    def _take_out(self, request: Request) -> None:
         """Take a live request out, wherever it is, with all its blocks."""
         if request in self._running:
             del self._running[request]
         else:
-            self._dequeue(request)
-        self._release(request)
+            self._waiting.remove(request)
+        self._tables.release(request)
         request.times.finished = self._clock()
-        return RequestOutput(request, tokens, reason, stop_token_id, error)
 
     def _preempt(self, request: Request) -> None:
         """Take a request's blocks; its arrival puts it back at the head of its class."""
         del self._running[request]
-        self._release(request)
+        self._tables.release(request)
         request.num_computed_tokens = request.num_in_flight_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         request.add_event("preempted", self._clock())
-        self._enqueue(request)
-
-    def _enqueue(self, request: Request) -> None:
-        insort(self._waiting, request, key=_order)
-        self._waiting_prompt_tokens += len(request.prompt_token_ids)
-
-    def _dequeue(self, request: Request) -> None:
-        del self._waiting[bisect_left(self._waiting, _order(request), key=_order)]
-        self._waiting_prompt_tokens -= len(request.prompt_token_ids)
-
-    def _is_waiting(self, request: Request) -> bool:
-        index = bisect_left(self._waiting, _order(request), key=_order)
-        return index < len(self._waiting) and self._waiting[index] is request
-
-    def _allocate(self, request: Request, count: int) -> None:
-        if count > 0:
-            request.block_ids.extend(self._pool.allocate(count, owner=request))
-            request.max_blocks = max(request.max_blocks, len(request.block_ids))
-
-    def _release(self, request: Request) -> None:
-        self._pool.free(request.block_ids, owner=request)
-        request.block_ids.clear()
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
+        self._waiting.add(request)

@@ -1,11 +1,8 @@
 """EngineService: proto in, proto out, one stream for each request; plus load and description.
 
-With `messages`, `telemetry` and `metrics` the only place of the engine that knows proto and grpc.
+With `messages`, `answers`, `telemetry` and `metrics` the only place that knows proto and grpc.
 Outputs that pile up leave as one message: a write slot is taken before a stream's buffer is
 emptied, and slots are few, so the busier the server, the more tokens a message carries.
-
-`cache_salt` is validated and then has nothing to separate: there is no prefix cache, and the
-feature is not announced.
 """
 
 from __future__ import annotations
@@ -32,12 +29,13 @@ from nanoinfer_common.validation import (
 from nanoinfer_common.write_slots import WriteSlots
 from prometheus_client import CollectorRegistry
 
+from nanoinfer_engine.answers import Answer
 from nanoinfer_engine.batch import Runner
 from nanoinfer_engine.config import CheckpointError, EngineConfig
 from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.engine import Engine
 from nanoinfer_engine.errors import EngineError
-from nanoinfer_engine.messages import Answer, ServedModel
+from nanoinfer_engine.messages import ServedModel, prompt_ids
 from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
 from nanoinfer_engine.settings import EngineSettings
 from nanoinfer_engine.statuses import failure, refusal_status
@@ -104,6 +102,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             defaults=defaults,
             tokenizer_fingerprint=fingerprint,
             weights_fingerprint=bytes.fromhex(runner.weights_fingerprint),
+            caches_prefixes=self._settings.prefix_caching,
         )
         log.info(
             "model",
@@ -229,7 +228,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
             limits=model.limits,
         )
-        validate_prompt_ids(request.prompt.ids, model.limits)
+        validate_prompt_ids(prompt_ids(request), model.limits)
         model.check_tokenizer(request)
         return read_metadata(context.invocation_metadata(), given.get("request_id"))
 
@@ -241,11 +240,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         return time.monotonic_ns() + int(seconds * 1e9)
 
     def _load(self) -> engine_pb2.EngineLoad:
-        load, config = self._engine.load, self._engine.config
-        is_full = (
-            load.num_waiting >= config.max_waiting_requests
-            or load.waiting_prompt_tokens >= config.max_waiting_tokens
-        )
+        load = self._engine.load
+        is_full = load.is_full(self._engine.config)
         state = engine_pb2.ADMISSION_STATE_FULL if is_full else engine_pb2.ADMISSION_STATE_OPEN
         if self._engine.refusal is not None or self._status.state != pb.SERVER_STATE_SERVING:
             state = engine_pb2.ADMISSION_STATE_CLOSED

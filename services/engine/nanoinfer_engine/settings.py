@@ -45,6 +45,18 @@ class EngineSettings(ServiceSettings):
     max_batch_requests: int = Field(64, ge=1, description="Most completions in one step.")
     max_waiting_requests: int = Field(256, ge=1, description="Most completions in the queue.")
     max_waiting_tokens: int = Field(1_000_000, ge=1, description="Most prompt tokens in the queue.")
+    max_waiting_bytes: ByteSize = Field(
+        ByteSize(64 * 1024**2), gt=0, description="Most memory of the requests in the queue."
+    )
+    max_queue_seconds: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest wait for a first step; `none` leaves it to the deadline.",
+    )
+    prefix_caching: bool = Field(
+        True, description="Reuse the KV cache of prompts that begin alike, within a tenant."
+    )
     stall_seconds: float = Field(
         60.0,
         gt=0,
@@ -86,6 +98,9 @@ class EngineSettings(ServiceSettings):
             max_batch_requests=self.max_batch_requests,
             max_waiting_requests=self.max_waiting_requests,
             max_waiting_tokens=self.max_waiting_tokens,
+            max_waiting_bytes=int(self.max_waiting_bytes),
+            max_queue_seconds=self.max_queue_seconds,
+            prefix_caching=self.prefix_caching,
         )
 
     def patience(self) -> Patience:

@@ -15,7 +15,15 @@ from nanoinfer_engine.batch import Batch
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 
 NANOSECONDS = 1e-9
-COUNTERS = ("accepted", "prompt_tokens", "completion_tokens", "preemptions")
+COUNTERS = (
+    "accepted",
+    "prompt_tokens",
+    "cached_tokens",
+    "cache_queries",
+    "cache_hits",
+    "completion_tokens",
+    "preemptions",
+)
 
 
 @dataclass(frozen=True)
@@ -112,9 +120,18 @@ class Statistics:
     def _record_token(self, request: Request) -> None:
         self._counters["completion_tokens"] += 1
         if request.times.token_gap is None:
-            self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+            self._record_prompt(request)
         else:
             self._histograms["inter_token"].observe(request.times.token_gap * NANOSECONDS)
+
+    def _record_prompt(self, request: Request) -> None:
+        """Count a prompt that has been computed; queries and hits of the cache are in tokens."""
+        num_tokens = len(request.prompt_token_ids)
+        self._counters["prompt_tokens"] += num_tokens
+        if request.num_cached_tokens is not None:
+            self._counters["cached_tokens"] += request.num_cached_tokens
+            self._counters["cache_queries"] += num_tokens
+            self._counters["cache_hits"] += request.num_cached_tokens
 
     def _record_end(self, request: Request, reason: FinishReason) -> None:
         self._finished[reason] += 1

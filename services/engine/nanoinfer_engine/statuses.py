@@ -13,6 +13,7 @@ from nanoinfer_engine.errors import (
     EngineLostError,
     NotReadyError,
     QueueFullError,
+    QueueTimeoutError,
     StalledReaderError,
 )
 from nanoinfer_engine.request import FinishReason, RequestOutput
@@ -32,6 +33,8 @@ def refusal_status(error: EngineError) -> ServiceError:
         )
     if isinstance(error, QueueFullError):
         return errors.exhausted(names.QUEUE_FULL, str(error), error.retry_after)
+    if isinstance(error, QueueTimeoutError):
+        return errors.exhausted(names.QUEUE_TIMEOUT, str(error), error.retry_after)
     if isinstance(error, NotReadyError):
         return errors.unavailable(names.LOADING, str(error), RETRY_SECONDS)
     if isinstance(error, DrainingError):

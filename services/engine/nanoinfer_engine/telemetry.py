@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 
-from nanoinfer_common import names
 from nanoinfer_common.telemetry import SpanEvent, record_span
 from opentelemetry.trace import SpanContext
 from opentelemetry.util.types import AttributeValue
@@ -29,20 +28,21 @@ def record_phases(stream: Stream, parent: SpanContext) -> None:
     begin = times.arrived + to_wall_clock
     scheduled, first_token = begin + phases.queue, begin + phases.queue + phases.prefill
     end = begin + phases.total
-    waiting = {names.QUEUE_WAITING_AT_ARRIVAL: request.num_waiting_at_arrival}
-    chunks = {names.PREFILL_CACHED_TOKENS: 0, names.PREFILL_CHUNKS: request.num_prefill_chunks}
-    spans: list[tuple[str, int, int, dict[str, int]]] = [
-        (names.SPAN_QUEUE, begin, scheduled, waiting)
-    ]
+    waiting = {"nanoinfer.queue.waiting_at_arrival": request.num_waiting_at_arrival}
+    chunks = {
+        "nanoinfer.prefill.cached_tokens": request.num_cached_tokens or 0,
+        "nanoinfer.prefill.chunks": request.num_prefill_chunks,
+    }
+    spans: list[tuple[str, int, int, dict[str, int]]] = [("queue", begin, scheduled, waiting)]
     if times.scheduled is not None:
-        spans.append((names.SPAN_PREFILL, scheduled, first_token, chunks))
+        spans.append(("prefill", scheduled, first_token, chunks))
     if times.first_token is not None:
-        spans.append((names.SPAN_DECODE, first_token, end, {}))
+        spans.append(("decode", first_token, end, {}))
     events = [SpanEvent(name, at + to_wall_clock) for name, at in request.events]
     if times.first_token is not None:
-        events.append(SpanEvent(names.EVENT_FIRST_TOKEN, first_token))
+        events.append(SpanEvent("first_token", first_token))
     if stream.is_aborted:
-        events.append(SpanEvent(names.EVENT_ABORTED, end))
+        events.append(SpanEvent("aborted", end))
     for name, start, stop, attributes in spans:
         # An event belongs to the first span that it fits into.
         here = [event for event in events if event.time <= stop or stop == end]
@@ -54,14 +54,14 @@ def latency_attributes(request: Request) -> dict[str, AttributeValue]:
     """What the engine's server span says of a request that has ended; times in seconds."""
     phases = request.times.phases()
     return {
-        names.LATENCY_QUEUE: phases.queue * NANOSECONDS,
-        names.LATENCY_FIRST_TOKEN: (phases.queue + phases.prefill) * NANOSECONDS,
-        names.LATENCY_PREFILL: phases.prefill * NANOSECONDS,
-        names.LATENCY_DECODE: phases.decode * NANOSECONDS,
-        names.LATENCY_INFERENCE: (phases.prefill + phases.decode) * NANOSECONDS,
-        names.LATENCY_E2E: phases.total * NANOSECONDS,
-        names.ENGINE_BATCH_MAX: request.max_batch_size,
-        names.ENGINE_STEP_COUNT: request.num_steps,
-        names.ENGINE_PREEMPTIONS: request.num_preemptions,
-        names.ENGINE_KV_BLOCKS: request.max_blocks,
+        "gen_ai.latency.time_in_queue": phases.queue * NANOSECONDS,
+        "gen_ai.latency.time_to_first_token": (phases.queue + phases.prefill) * NANOSECONDS,
+        "gen_ai.latency.time_in_model_prefill": phases.prefill * NANOSECONDS,
+        "gen_ai.latency.time_in_model_decode": phases.decode * NANOSECONDS,
+        "gen_ai.latency.time_in_model_inference": (phases.prefill + phases.decode) * NANOSECONDS,
+        "gen_ai.latency.e2e": phases.total * NANOSECONDS,
+        "nanoinfer.engine.batch.max": request.max_batch_size,
+        "nanoinfer.engine.step.count": request.num_steps,
+        "nanoinfer.engine.preemptions": request.num_preemptions,
+        "nanoinfer.engine.kv.blocks": request.max_blocks,
     }

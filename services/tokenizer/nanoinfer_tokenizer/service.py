@@ -207,7 +207,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return self._loaded
 
     async def _encode(self, texts: Sequence[str], framed: bool) -> list[list[int]]:
-        telemetry.set_attributes({names.PROMPT_CHARS: sum(map(len, texts))})
+        telemetry.set_attributes({"nanoinfer.prompt.chars": sum(map(len, texts))})
         tokenizer = self._served.tokenizer
         frame = tokenizer.frame if framed else Frame()
 
@@ -223,10 +223,10 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> RenderedChat:
         num_characters = sum(len(message.content) for message in messages)
         checks.check_size("messages", "characters", num_characters, self._settings.max_characters)
-        attributes = {names.PROMPT_CHARS: num_characters}
+        attributes = {"nanoinfer.prompt.chars": num_characters}
         telemetry.set_attributes(attributes)
         with telemetry.tracer().start_as_current_span(
-            names.SPAN_RENDER_PROMPT, attributes=attributes, record_exception=False
+            "render_prompt", attributes=attributes, record_exception=False
         ):
             try:
                 return await self._rendering.run(

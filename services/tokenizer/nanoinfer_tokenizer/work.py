@@ -27,19 +27,24 @@ class Metrics:
         registry = self.registry
         fine = (0.0001, 0.0005, 0.001, *RPC_BUCKETS)
         self.inflight = Gauge(
-            names.TOKENIZER_INFLIGHT, "Requests that wait or are worked on.", registry=registry
+            "nanoinfer_tokenizer_inflight",
+            "Requests waiting or worked on.",
+            registry=registry,
         )
         self.queue = Histogram(
-            names.TOKENIZER_QUEUE_SECONDS, "Wait for a thread.", buckets=fine, registry=registry
+            "nanoinfer_tokenizer_queue_seconds",
+            "Wait for a turn.",
+            buckets=fine,
+            registry=registry,
         )
         self.encode = Histogram(
-            names.TOKENIZER_ENCODE_SECONDS, "Time to encode.", buckets=fine, registry=registry
+            "nanoinfer_tokenizer_encode_seconds", "Time to encode.", buckets=fine, registry=registry
         )
         self.encoded_tokens = Counter(
-            names.TOKENIZER_ENCODED_TOKENS, "Ids made of text.", registry=registry
+            "nanoinfer_tokenizer_encoded_tokens", "Ids made of text.", registry=registry
         )
         self.decode_streams = Gauge(
-            names.TOKENIZER_DECODE_STREAMS, "Open decode streams.", registry=registry
+            "nanoinfer_tokenizer_decode_streams", "Open decode streams.", registry=registry
         )
 
 

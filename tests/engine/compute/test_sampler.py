@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from nanoinfer_engine.batch import BatchRow
+from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.request import SampledToken, SamplingOptions
-from nanoinfer_engine.sampler import SamplingError, sample, uniform
+from nanoinfer_engine.sampler import sample, uniform
 from scipy import stats
 
 PLAIN = SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)

@@ -62,8 +62,7 @@ async def test_unset_is_what_the_model_publishes(tiny: Engine) -> None:
         "logit_bias",
         "allowed_token_ids",
     }
-    works = {"temperature", "top_p", "top_k", "min_p", "n"}
-    explicit = {name: getattr(defaults, name) for name in works}
+    explicit = {name: getattr(defaults, name) for name in fields}
     assert await tokens(tiny) == await tokens(tiny, **explicit)
     assert (defaults.temperature, defaults.top_p, defaults.top_k) == (1, 1, 0)
 
@@ -74,16 +73,22 @@ async def test_defaults_come_from_the_checkpoint(tiny_model: Path, tmp_path: Pat
     for file in tiny_model.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     (copy / "generation_config.json").write_text(
-        '{"temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125, "eos_token_id": [2, 4]}'
+        '{"temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125, "eos_token_id": [2, 4],'
+        ' "repetition_penalty": 8}'
     )
     async with start_engine(ModelRunner, model=copy, kv_cache_memory="4MiB") as engine:
         reply = await engine.stub.GetModelInfo(engine_pb2.EngineServiceGetModelInfoRequest())
         model = reply.model
         found = model.default_sampling
         assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.25, 0.5, 3, 0.125)
+        assert found.repetition_penalty == 8
         assert list(model.eos_token_ids) == [2, 4]
         explicit = {"temperature": 0.25, "top_p": 0.5, "top_k": 3, "min_p": 0.125}
+        explicit |= {"repetition_penalty": 8}
         assert await tokens(engine) == await tokens(engine, **explicit)
+        # greedy, so that the penalty alone makes the difference; 1 is off, not the default
+        greedy = await tokens(engine, temperature=0)
+        assert greedy != await tokens(engine, temperature=0, repetition_penalty=1)
         # an explicit zero is a zero, not the default
         assert await tokens(engine, top_k=0, top_p=1, min_p=0, temperature=1) != await tokens(
             engine
@@ -235,19 +240,11 @@ async def test_too_many_logprobs_are_refused(tiny: Engine) -> None:
 @pytest.mark.parametrize(
     ("fields", "feature"),
     [
-        ({"sampling": pb.SamplingParams(repetition_penalty=1.1)}, "FEATURE_PENALTIES"),
-        ({"sampling": pb.SamplingParams(frequency_penalty=0.5)}, "FEATURE_PENALTIES"),
-        ({"sampling": pb.SamplingParams(presence_penalty=-0.5)}, "FEATURE_PENALTIES"),
-        ({"sampling": pb.SamplingParams(logit_bias={5: 1.0})}, "FEATURE_LOGIT_BIAS"),
-        ({"sampling": pb.SamplingParams(allowed_token_ids=[5])}, "FEATURE_ALLOWED_TOKEN_IDS"),
-        ({"response": pb.ResponseOptions(prompt_logprobs=0)}, "FEATURE_PROMPT_LOGPROBS"),
-        ({"response": pb.ResponseOptions(logprob_token_ids=[1])}, "FEATURE_LOGPROB_TOKEN_IDS"),
         ({"response": pb.ResponseOptions(echo=True)}, "FEATURE_ECHO"),
         (
             {"structured_output": pb.StructuredOutput(regex="a+")},
             "FEATURE_STRUCTURED_OUTPUT",
         ),
-        ({"truncate_prompt_tokens": 3}, "FEATURE_TRUNCATE_PROMPT"),
     ],
 )
 async def test_what_the_engine_lacks_is_refused_by_name(

@@ -165,7 +165,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
         harness.runner.gate.set()
         results = await asyncio.gather(*(collect(stream) for stream in streams))
         assert all(r[-1].finish_reason is FinishReason.LENGTH for r in results)
-        assert harness.engine.rejections == {"requests": 1, "tokens": 0}
+        assert harness.engine.rejections == {"requests": 1, "tokens": 0, "bytes": 0}
 
 
 async def test_a_burst_in_one_tick_admits_exactly_the_bound() -> None:
@@ -194,6 +194,20 @@ async def test_the_queue_is_bounded_in_tokens_and_takes_all_or_none() -> None:
             harness.engine.submit([make_request([11] * 101, 1) for _ in range(2)])
         assert harness.engine.load.waiting_prompt_tokens == 200
         harness.engine.submit([make_request([11] * 200, 1)])
+        harness.runner.gate.set()
+
+
+async def test_the_queue_is_bounded_in_bytes() -> None:
+    async with serving(max_batch_requests=1, max_waiting_bytes=100) as harness:
+        harness.runner.gate.clear()
+        harness.engine.submit([make_request(num_bytes=90)])
+        await harness.until(lambda: harness.engine.load.num_running == 1)
+        harness.engine.submit([make_request(num_bytes=60)])
+        with pytest.raises(QueueFullError, match="bytes"):
+            harness.engine.submit([make_request(num_bytes=41)])
+        harness.engine.submit([make_request(num_bytes=40)])
+        assert harness.engine.load.is_full(harness.engine.config)
+        assert harness.engine.rejections == {"requests": 0, "tokens": 0, "bytes": 1}
         harness.runner.gate.set()
 
 
@@ -241,6 +255,45 @@ async def test_a_failed_step_ends_what_ran_and_serving_goes_on() -> None:
         harness.check_balance()
 
 
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
+
+
+async def test_a_step_that_lacks_memory_is_retried_smaller_and_nobody_notices() -> None:
+    async with serving(max_batch_tokens=64) as harness:
+        harness.runner.gate.clear()
+        harness.runner.fail_step = OutOfMemoryError("CUDA error: out of memory")
+        prompts = [[20 + i] * 9 for i in range(4)]
+        streams = [harness.engine.submit([make_request(prompt, 20)]) for prompt in prompts]
+        harness.runner.gate.set()
+        results = await asyncio.gather(*(collect(stream) for stream in streams))
+        assert [tokens(r) for r in results] == [expected_tokens(prompt, 20) for prompt in prompts]
+        assert max(batch.num_tokens for batch in harness.runner.batches[1:]) <= 32
+        await harness.idle()
+        harness.check_balance()
+
+
+async def test_one_token_for_which_there_is_no_memory_is_a_lost_step() -> None:
+    async with serving(max_batch_tokens=1, max_batch_requests=1) as harness:
+        harness.runner.fail_step = MemoryError()
+        outputs = await collect(harness.engine.submit([make_request()]))
+        assert isinstance(outputs[-1].error, EngineLostError)
+        assert tokens(await collect(harness.engine.submit([make_request()])))
+        assert harness.listener.lost_with is None
+
+
+async def test_health_says_that_the_device_is_lost_before_any_stream_does() -> None:
+    async with serving() as harness:
+        ended_before: list[bool] = []
+        stream = harness.engine.submit([make_request(max_tokens=200)])
+        await anext(stream)
+        harness.listener.lost = lambda error: ended_before.append(  # type: ignore[method-assign]
+            not stream.is_live
+        )
+        harness.runner.fail_step = RuntimeError("CUDA error: an illegal memory access")
+        assert isinstance((await collect(stream))[-1].error, EngineLostError)
+        assert ended_before == [False]
+
+
 async def test_a_lost_device_ends_everything_and_is_reported() -> None:
     async with serving(max_batch_requests=1) as harness:
         harness.runner.gate.clear()
@@ -259,7 +312,7 @@ async def test_a_lost_device_ends_everything_and_is_reported() -> None:
     [
         (RuntimeError("CUDA error: device-side assert triggered"), True),
         (RuntimeError("shape mismatch"), False),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA error: out of memory"), False),
+        (OutOfMemoryError("CUDA error: out of memory"), False),
         (ValueError("CUDA error"), False),
     ],
 )

@@ -23,6 +23,9 @@ EXPECTED = {
     "vllm:prompt_tokens": "counter",
     "vllm:generation_tokens": "counter",
     "vllm:num_preemptions": "counter",
+    "vllm:prompt_tokens_cached": "counter",
+    "vllm:prefix_cache_queries": "counter",
+    "vllm:prefix_cache_hits": "counter",
     "vllm:request_success": "counter",
     "vllm:admission_rejections": "counter",
     "vllm:time_to_first_token_seconds": "histogram",
@@ -80,6 +83,19 @@ async def test_every_expected_name_is_there_with_its_type(start_fake: StartFake)
         assert values["vllm:request_params_max_tokens_sum"] == 10
         assert values["vllm:e2e_request_latency_seconds_bucket:+Inf"] == 1
         assert values["nanoinfer_engine_step_seconds_count:eager"] == 10
+
+
+async def test_cached_tokens_are_counted(start_fake: StartFake) -> None:
+    async with start_fake(metrics_port=0) as engine:
+        for _ in range(3):
+            await engine.generate(list(range(10, 30)), stopping=TEN)
+        await engine.idle()
+        _, values = await scrape(engine)
+        assert values["vllm:prefix_cache_queries_total"] == 60
+        assert values["vllm:prefix_cache_hits_total"] == 32
+        assert values["vllm:prompt_tokens_cached_total"] == 32
+        assert values["vllm:prompt_tokens_total"] == 60
+        assert values["vllm:kv_cache_usage_perc"] == 0  # what is merely kept is not in use
 
 
 async def test_the_prefix_is_a_setting(start_fake: StartFake) -> None:

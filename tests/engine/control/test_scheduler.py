@@ -4,49 +4,11 @@ from __future__ import annotations
 
 import pytest
 from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.errors import CapacityError
-from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.errors import CapacityError, QueueTimeoutError
+from nanoinfer_engine.request import FinishReason, RequestOutput, SampledToken
 
-from tests.engine.fakes import (
-    EOS,
-    FakeClock,
-    FakeRunner,
-    expected_tokens,
-    make_config,
-    make_request,
-)
-
-
-class Bench:
-    """A scheduler and a fake runner, stepped by hand."""
-
-    def __init__(self, num_blocks: int = 64, max_model_len: int = 256, **changes: object) -> None:
-        self.clock = FakeClock()
-        self.runner = FakeRunner(num_blocks, max_model_len=max_model_len)
-        capacity = Capacity(max_model_len, num_blocks * self.runner.block_size)
-        self.scheduler = Scheduler(make_config(**changes), capacity, self.clock)
-
-    def add(self, *requests: Request) -> None:
-        for request in requests:
-            self.scheduler.add(request)
-
-    def step(self) -> list[RequestOutput]:
-        batch = self.scheduler.schedule()
-        if batch is None:
-            return []
-        return self.scheduler.update(batch, self.runner.execute(batch))
-
-    def run(self) -> list[RequestOutput]:
-        outputs: list[RequestOutput] = []
-        for _ in range(10_000):
-            if not self.scheduler.has_work:
-                return outputs
-            outputs += self.step()
-        raise AssertionError("requests do not end")
-
-    def grants(self) -> list[int]:
-        return [row.num_tokens for row in self.runner.batches[-1].rows]
+from tests.engine.control.bench import Bench
+from tests.engine.fakes import EOS, expected_tokens, make_request
 
 
 def reasons(outputs: list[RequestOutput]) -> list[FinishReason]:
@@ -313,3 +275,116 @@ def test_load_counts_what_waits_and_runs() -> None:
 def test_more_rows_than_tokens_a_step_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="max_batch_requests"):
         Bench(max_batch_requests=17)
+
+
+def test_an_urgent_request_takes_the_row_of_a_lesser_one() -> None:
+    bench = Bench(max_batch_requests=2)
+    older, newer = make_request([11], 12), make_request([12], 12)
+    bench.add(older, newer)
+    bench.step()
+    urgent, equal = make_request([13], 12, priority=1), make_request([14], 12)
+    bench.add(equal, urgent)
+    bench.step()
+    assert (older.num_preemptions, newer.num_preemptions) == (0, 1)
+    assert urgent.times.scheduled is not None
+    outputs = bench.run()
+    ended = [output.request for output in outputs if output.finish_reason]
+    assert ended.index(newer) < ended.index(equal)  # who ran before is next
+    assert (newer.num_preemptions, urgent.num_preemptions) == (1, 0)
+    for request in (older, newer, urgent, equal):
+        assert request.completion_token_ids == expected_tokens(request.prompt_token_ids, 12)
+
+
+def test_an_urgent_request_takes_blocks_only_where_that_lets_it_start() -> None:
+    bench = Bench(num_blocks=8, max_batch_tokens=64)
+    high, low = make_request([11] * 14, 6, priority=1), make_request([12] * 5, 10)
+    bench.add(high, low)
+    bench.step()
+    # with what `low` holds there would be 3 blocks: too few for 4 and one for the elder's growth
+    too_big = make_request([13] * 13, 4, priority=1)
+    bench.add(too_big)
+    bench.step()
+    assert low.num_preemptions == 0
+    bench.scheduler.cancel(too_big)
+    fits = make_request([14] * 9, 4, priority=1)
+    bench.add(fits)
+    bench.step()
+    assert (low.num_preemptions, high.num_preemptions) == (1, 0)
+    bench.run()
+    assert low.completion_token_ids == expected_tokens([12] * 5, 10)
+
+
+def test_an_urgent_prompt_overtakes_a_lesser_prefill() -> None:
+    bench = Bench()
+    long, urgent = make_request(range(10, 110), 1), make_request([11] * 9, 1, priority=1)
+    bench.add(long)
+    bench.step()
+    bench.add(urgent)
+    outputs = bench.step()
+    assert [output.request for output in outputs] == [urgent]
+    assert bench.grants() == [9, 7]
+    bench.run()
+    assert long.completion_token_ids == expected_tokens(range(10, 110), 1)
+
+
+def test_who_waits_too_long_to_start_is_told_so() -> None:
+    bench = Bench(max_batch_requests=1, max_queue_seconds=2.0)
+    running, waiting, sibling = make_request(), make_request(), make_request(index=1)
+    for request in (running, waiting, sibling):
+        request.times.arrived = bench.clock.now
+    bench.add(running, waiting, sibling)
+    bench.step()
+    bench.clock.advance(1.9)
+    assert bench.scheduler.expire() == []
+    bench.clock.advance(0.2)
+    (ended,) = bench.scheduler.expire()
+    assert ended.request is waiting
+    assert isinstance(ended.error, QueueTimeoutError)
+    assert ended.error.retry_after == 2
+    assert bench.scheduler.load.num_waiting == 1  # a sibling starts after the one that counts
+
+
+def test_who_was_preempted_is_not_timed_out() -> None:
+    bench = Bench(max_batch_requests=1, max_queue_seconds=2.0)
+    low, urgent = make_request(), make_request(priority=1)
+    for request in (low, urgent):
+        request.times.arrived = bench.clock.now
+    bench.add(low)
+    bench.step()
+    bench.add(urgent)
+    bench.step()
+    assert low.num_preemptions == 1
+    bench.clock.advance(60)
+    assert bench.scheduler.expire() == []
+    assert reasons(bench.run()) == [FinishReason.LENGTH] * 2
+
+
+def test_a_step_that_lacks_memory_is_taken_back_and_retried_smaller() -> None:
+    bench = Bench()
+    long, short = make_request(range(10, 30), 300 // 2), make_request([11, 12], 20)
+    bench.add(short)
+    bench.step()
+    bench.add(long)
+    assert bench.scheduler.schedule() is not None  # 16 tokens, never computed
+    assert bench.scheduler.retry_smaller()
+    assert bench.scheduler.load.kv_usage == 0
+    bench.step()
+    assert sum(bench.grants()) == 8
+    assert bench.scheduler.retry_smaller()
+    bench.step()
+    assert sum(bench.grants()) == 4
+    bench.run()
+    for request in (long, short):
+        prompt, most = request.prompt_token_ids, request.stopping.max_tokens
+        assert request.completion_token_ids == expected_tokens(prompt, most)
+
+
+def test_steps_grow_again_and_one_token_is_the_least() -> None:
+    bench = Bench(max_batch_tokens=4, num_blocks=200, max_model_len=800)
+    for expected in (True, True, False, False):
+        assert bench.scheduler.retry_smaller() is expected
+    bench.add(make_request([11], 600))
+    bench.run()
+    bench.add(make_request(range(10, 20), 1))
+    bench.step()
+    assert bench.grants() == [4]

@@ -148,6 +148,52 @@ async def test_a_full_queue_is_an_immediate_answer(start_fake: StartFake) -> Non
             assert (await _rest(call))[-1].summary.usage.completion_tokens == 10
 
 
+async def test_who_waits_too_long_is_told_when_to_retry(start_fake: StartFake) -> None:
+    async with start_fake(
+        FakeRunner(step_seconds=0.01), max_batch_requests=1, max_queue_seconds=0.2
+    ) as engine:
+        first = engine.call(sampling=SEED, stopping=pb.StoppingParams(max_tokens=60))
+        await engine.until(lambda load: load.running_requests == 1)
+        refused = await engine.refused(engine.generate(stopping=TEN))
+        assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.info.reason == "QUEUE_TIMEOUT"
+        assert refused.retry_seconds == pytest.approx(0.2)
+        assert (await _rest(first))[-1].summary.usage.completion_tokens == 60
+
+
+async def test_the_bytes_of_a_request_count_in_the_queue(start_fake: StartFake) -> None:
+    async with start_fake(max_batch_requests=1, max_waiting_bytes="1KiB") as engine:
+        engine.runner.gate.clear()
+        first = engine.call(stopping=TEN)
+        await engine.until(lambda load: load.running_requests == 1)
+        large = pb.SamplingParams(logit_bias={900 + i: 1.0 for i in range(90)})
+        waiting = engine.call(sampling=large, stopping=TEN)
+        await engine.until(lambda load: load.waiting_requests == 1)
+        refused = await engine.refused(engine.generate(sampling=large, stopping=TEN))
+        assert refused.info.reason == "QUEUE_FULL"
+        assert "bytes" in refused.message
+        engine.runner.gate.set()
+        await asyncio.gather(_rest(first), _rest(waiting))
+
+
+async def test_a_flood_of_one_tenant_does_not_hold_another_up(start_fake: StartFake) -> None:
+    settings = {"max_batch_requests": 2, "max_waiting_requests": 64}
+    async with start_fake(FakeRunner(step_seconds=0.002), **settings) as engine:
+        flood = [
+            engine.call([20 + i], stopping=TEN, metadata=[("x-nanoinfer-tenant", "flood")])
+            for i in range(40)
+        ]
+        await engine.until(lambda load: load.waiting_requests > 30)
+        answer = await engine.generate(
+            [11], stopping=TEN, metadata=[("x-nanoinfer-tenant", "other")]
+        )
+        assert len(answer.tokens()) == 10
+        assert (await engine.load()).waiting_requests > 20
+        for call in flood:
+            call.cancel()
+        await engine.idle()
+
+
 async def test_what_can_never_fit_is_refused(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(num_blocks=4)) as engine:
         too_much = pb.StoppingParams(max_tokens=14)
@@ -281,7 +327,7 @@ async def test_priority_comes_from_metadata(start_fake: StartFake) -> None:
             for row in batch.rows
             if row.start == 0
         ]
-        assert starts == [50, 70, 60]
+        assert starts == [50, 70, 50, 60]  # the urgent one takes the only row
 
 
 async def test_a_drain_finishes_streams_and_refuses_new_ones(start_fake: StartFake) -> None:

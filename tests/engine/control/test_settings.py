@@ -31,6 +31,11 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     assert config.model_path == tmp_path
     assert (config.num_threads, config.kv_cache_bytes) == (2, 64 * 1024**2)
     assert (config.max_batch_tokens, config.block_size, config.dtype) == (128, 8, "bfloat16")
+    assert (config.prefix_caching, config.max_queue_seconds) == (True, None)
+    flags = "--no-prefix-caching --max-queue-seconds 7 --max-waiting-bytes 2MiB"
+    config = parse("--model", "a", *flags.split()).engine_config()
+    assert (config.prefix_caching, config.max_queue_seconds) == (False, 7)
+    assert config.max_waiting_bytes == 2 * 1024**2
     assert settings.served_name == tmp_path.name
     assert parse("--model", "a/b.pt").served_name == "b"
     assert parse("--model", "a", "--model-name", "x").served_name == "x"
@@ -43,6 +48,8 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
         ["--model", "a", "--kv-cache-memory", "lots"],
         ["--model", "a", "--kv-cache-memory", "0"],
         ["--model", "a", "--threads", "0"],
+        ["--model", "a", "--max-queue-seconds", "0"],
+        ["--model", "a", "--max-waiting-bytes", "0"],
         ["--model", "a", "--dtype", "int3"],
         ["--model", "a", "--max-batch-tokens", "8", "--max-batch-requests", "9"],
         ["--model", "a", "--max-model-len", "1"],

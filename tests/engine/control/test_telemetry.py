@@ -67,8 +67,22 @@ async def test_phases_hang_under_the_server_span_and_add_up(
         assert attributes["nanoinfer.engine.preemptions"] == 0
         assert (found["queue"].attributes or {})["nanoinfer.queue.waiting_at_arrival"] == 0
         assert (found["prefill"].attributes or {})["nanoinfer.prefill.chunks"] == 3
+        assert (found["prefill"].attributes or {})["nanoinfer.prefill.cached_tokens"] == 0
         assert [event.name for event in found["prefill"].events] == ["first_token"]
         assert found["decode"].events == ()
+
+
+async def test_the_prefill_says_what_came_from_the_cache(
+    spans: InMemorySpanExporter, fake: Engine
+) -> None:
+    await fake.generate(list(range(10, 50)), stopping=TEN)
+    await fake.idle()
+    spans.clear()
+    await fake.generate(list(range(10, 50)), stopping=TEN)
+    await fake.until(lambda _: "decode" in by_name(spans))
+    attributes = by_name(spans)["prefill"].attributes or {}
+    assert attributes["nanoinfer.prefill.cached_tokens"] == 36
+    assert attributes["nanoinfer.prefill.chunks"] == 1
 
 
 async def test_a_cancelled_request_shows_how_far_it_came(

@@ -1,6 +1,6 @@
 """Shows answers: streamed text, JSON, and the conversation on a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -10,7 +10,7 @@ import typer
 from nanoinfer.cli import console
 from nanoinfer.client import Client
 from nanoinfer.errors import NanoInferError, Unavailable
-from nanoinfer.options import Message
+from nanoinfer.options import Message, Messages
 from nanoinfer.results import Completion
 from nanoinfer.streams import Stream
 
@@ -24,9 +24,7 @@ def conversation(text: str, system: str | None) -> list[Message]:
     return [*before, {"role": "user", "content": text}]
 
 
-def open_stream(
-    client: Client, prompt: str | Sequence[Message], options: Mapping[str, Any]
-) -> Stream:
+def open_stream(client: Client, prompt: str | Messages, options: Mapping[str, Any]) -> Stream:
     """Asks; what the wire cannot carry is a usage error."""
     try:
         return client.stream(prompt, **options)
@@ -35,73 +33,54 @@ def open_stream(
 
 
 def show(
-    client: Client,
-    prompt: str | Sequence[Message],
-    options: Mapping[str, Any],
-    *,
-    as_json: bool = False,
+    client: Client, prompt: str | Messages, options: Mapping[str, Any], as_json: bool
 ) -> Completion:
     """Streams an answer to standard output and returns it; what broke is raised after its text."""
     several = (options.get("n") or 1) > 1
-    line_open = False
     stream = open_stream(client, prompt, options)
     with stream, console.Progress("waiting for the answer") as progress:
         try:
             for delta in stream:
-                progress.end()
-                if delta.text and not (as_json or several):
+                progress.stop()
+                if not (as_json or several):
                     console.write(delta.text)
-                    line_open = True
         finally:
-            if line_open:
+            if stream.text and not (as_json or several):
                 console.write("\n")
         completion = stream.result()
-    if as_json:
-        console.write_json(completion)
-    elif several:
-        for choice in completion.choices:
-            console.write(f"--- {choice.index} ---\n{choice.text}\n")
+    if as_json or several:
+        parts = [f"--- {choice.index} ---\n{choice.text}" for choice in completion.choices]
+        console.show("\n".join(parts), completion, as_json)
     return completion
 
 
-class Repl:
-    """A conversation over several turns. A turn that fails or is interrupted is forgotten."""
+def converse(client: Client, system: str | None, options: Mapping[str, Any], as_json: bool) -> None:
+    """Holds a conversation until the input ends or the gateway is gone.
 
-    def __init__(
-        self, client: Client, system: str | None, options: Mapping[str, Any], *, as_json: bool
-    ) -> None:
-        self._client = client
-        self._system = system
-        self._options = options
-        self._as_json = as_json
-        self._messages: list[Message] = []
-
-    def run(self) -> None:
-        """Reads prompts until the input ends or the gateway is gone."""
-        console.note("/clear forgets the conversation, /exit or Ctrl-D ends it")
-        while True:
-            try:
-                text = input("> ").strip()
-            except EOFError:
-                console.write("\n")
-                return
-            if text == "/exit":
-                return
-            if text == "/clear":
-                self._messages.clear()
-            elif text:
-                self._turn(text)
-
-    def _turn(self, text: str) -> None:
-        system = None if self._messages else self._system
-        asked = [*self._messages, *conversation(text, system)]
+    A turn that fails or is interrupted is forgotten.
+    """
+    console.note("/clear forgets the conversation, /exit or Ctrl-D ends it")
+    messages: list[Message] = []
+    while (text := _line()) != "/exit":
+        if text in ("", "/clear"):
+            messages = [] if text else messages
+            continue
+        asked = [*messages, *conversation(text, None if messages else system)]
         try:
-            completion = show(self._client, asked, self._options, as_json=self._as_json)
+            completion = show(client, asked, options, as_json)
         except KeyboardInterrupt:
             console.note("(interrupted)")
         except Unavailable:
             raise
         except NanoInferError as error:
-            console.report(error, self._as_json)
+            console.report(error, as_json)
         else:
-            self._messages = [*asked, {"role": "assistant", "content": completion.text}]
+            messages = [*asked, {"role": "assistant", "content": completion.text}]
+
+
+def _line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        console.write("\n")
+        return "/exit"

@@ -1,131 +1,149 @@
-"""The flags of every generation option, under the library's names, and where prompts come from."""
+"""The verbs' flags: those of the gateway, of a stack, and of every generation option.
+
+A verb's parameter whose type is a dataclass stands for a flag for each of its annotated fields;
+`options` stands for the generation options, under the library's names.
+"""
 
 import functools
 import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from opentelemetry.trace import TracerProvider
 
 from nanoinfer.base import DEFAULT_TARGET
-from nanoinfer.cli.console import Progress
+from nanoinfer.cli import console
 from nanoinfer.client import Client
+from nanoinfer.options import Options
 
-Target = Annotated[str, typer.Option(help="The gateway's address.", envvar="NANOINFER_TARGET")]
-ConnectTimeout = Annotated[
-    float, typer.Option(min=0, help="Seconds to wait for the gateway to be ready.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PromptArgument = Annotated[
     str | None, typer.Argument(help="The prompt; `-` or nothing reads standard input.")
 ]
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
-TARGET = DEFAULT_TARGET
-CONNECT_TIMEOUT = 5.0
+ConnectTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the gateway.")]
+Target = Annotated[str, typer.Option(help="The gateway's address.", envvar="NANOINFER_TARGET")]
+_Level = Literal["debug", "info", "warning", "error"]
+_Port = typer.Option(min=0, max=65535, help="Where to listen; 0 is a free port.")
+_MetricsPort = typer.Option(min=0, max=65533, help="First of three ports with /metrics.")
 
 
-class _Flag(NamedTuple):
-    name: str
-    kind: Any
-    panel: str
-    help: str
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway."""
+
+    target: Target = DEFAULT_TARGET
+    connect_timeout: ConnectTimeout = 5.0
+
+    @contextmanager
+    def connect(self, tracer_provider: TracerProvider | None = None) -> Iterator[Client]:
+        """A client whose gateway is ready."""
+        with Client(self.target, tracer_provider=tracer_provider) as client:
+            with console.Progress(f"waiting for {self.target}"):
+                client.wait_until_ready(self.connect_timeout)
+            yield client
 
 
-_FLAGS = (
-    _Flag("max_tokens", int, "Stopping", "Most tokens to produce."),
-    _Flag("min_tokens", int, "Stopping", "Tokens to produce before anything may end it."),
-    _Flag("stop", list[str], "Stopping", "String that ends the completion; repeatable."),
-    _Flag("stop_token_ids", list[int], "Stopping", "Id that ends the completion; repeatable."),
-    _Flag("ignore_eos", bool, "Stopping", "Treat the end of sequence as an ordinary token."),
-    _Flag("include_stop_in_output", bool, "Stopping", "Leave what ended it in the output."),
-    _Flag("temperature", float, "Sampling", "0 is greedy, at most 2."),
-    _Flag("top_p", float, "Sampling", "Keep the likeliest tokens up to this probability."),
-    _Flag("top_k", int, "Sampling", "Keep this many tokens; 0 is off."),
-    _Flag("min_p", float, "Sampling", "Drop tokens below this share of the likeliest one."),
-    _Flag("repetition_penalty", float, "Sampling", "Above 1 makes repetition less likely."),
-    _Flag("frequency_penalty", float, "Sampling", "Penalty for each occurrence."),
-    _Flag("presence_penalty", float, "Sampling", "Penalty for having occurred."),
-    _Flag("seed", int, "Sampling", "Seed of the random numbers."),
-    _Flag("n", int, "Sampling", "Number of completions."),
-    _Flag("logit_bias", list[str], "Sampling", "ID=BIAS added to a logit; repeatable."),
-    _Flag("allowed_token_ids", list[int], "Sampling", "Only these ids; repeatable."),
-    _Flag("logprobs", int, "Response", "Report log-probabilities and this many alternatives."),
-    _Flag("prompt_logprobs", int, "Response", "The same for the prompt's tokens."),
-    _Flag("logprob_token_ids", list[int], "Response", "Report these ids; repeatable."),
-    _Flag("return_token_ids", bool, "Response", "Return token ids (with --json)."),
-    _Flag("echo", bool, "Response", "Put the prompt before the completion."),
-    _Flag("skip_special_tokens", bool, "Response", "Leave special tokens out of the text."),
-    _Flag("json_schema", str, "Shape", "JSON Schema that the output must satisfy."),
-    _Flag("json_object", bool, "Shape", "Any JSON object."),
-    _Flag("regex", str, "Shape", "Regular expression that the output must match."),
-    _Flag("grammar", str, "Shape", "Grammar in Lark form."),
-    _Flag("choices", list[str], "Shape", "String that the output may be; repeatable."),
-    _Flag("model", str, "Request", "Name of the served model."),
-    _Flag("truncate_prompt_tokens", int, "Request", "Keep this many of the prompt's last ids."),
-    _Flag("cache_salt", str, "Request", "Separates prefix-cache entries."),
-    _Flag("request_id", str, "Request", "Label of the request in logs and traces."),
-    _Flag("priority", int, "Request", "-100 to 100, higher first."),
-    _Flag("tenant", str, "Request", "Who asks."),
-    _Flag("timeout", float, "Request", "Seconds until the request is given up."),
-    _Flag("metadata", list[str], "Request", "KEY=VALUE sent beside the request; repeatable."),
-)
+@dataclass(frozen=True)
+class StackSettings:
+    """What to run on this machine; `commands` replaces the services' own."""
+
+    model: Annotated[Path | None, typer.Option(help="Model directory or checkpoint file.")] = None
+    tokenizer: Annotated[Path | None, typer.Option(help="Where the model brings none.")] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="The engine's CPU threads.")] = None
+    start_timeout: Annotated[float, typer.Option(min=1, help="Seconds to get ready in.")] = 300.0
+    log_level: Annotated[_Level | None, typer.Option(help="Show logs from here on.")] = None
+    commands: Mapping[str, Sequence[str]] | None = None
 
 
-def generation_flags(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a verb every flag but those named; it receives what was set as `options`."""
-    flags = [flag for flag in _FLAGS if flag.name not in without]
+@dataclass(frozen=True)
+class Ports:
+    """Where the gateway and the span collector listen; metrics: gateway, tokenizer, engine."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command)
-        own = [each for each in signature.parameters.values() if each.name != "options"]
-
-        @functools.wraps(command)
-        def wrapper(**arguments: Any) -> None:
-            given = {flag.name: arguments.pop(flag.name) for flag in flags}
-            command(**arguments, options=_options(given))
-
-        parameters = [*own, *(_parameter(flag) for flag in flags)]
-        wrapper.__annotations__ = {each.name: each.annotation for each in parameters}
-        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return wrapper
-
-    return decorate
+    port: Annotated[int, _Port] = 50051
+    collector_port: Annotated[int, _Port] = 0
+    metrics_port: Annotated[int | None, _MetricsPort] = None
 
 
-def _parameter(flag: _Flag) -> inspect.Parameter:
-    word = flag.name.replace("_", "-")
-    declaration = f"--{word}/--no-{word}" if flag.kind is bool else f"--{word}"
-    option = typer.Option(
-        declaration, help=flag.help, rich_help_panel=flag.panel, show_default=False
-    )
-    annotation: Any = Annotated[flag.kind | None, option]
+def verb(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with its flags, whose exceptions become messages and exit codes."""
+    signature = inspect.signature(command)
+    parameters: dict[str, inspect.Parameter] = {}
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for name, own in signature.parameters.items():
+        if name == "options":
+            hints = get_type_hints(Options, include_extras=True)
+            found = [_generation_flag(n, h) for n, h in hints.items() if n not in parameters]
+            groups[name] = (_options, [each.name for each in found])
+        elif is_dataclass(own.annotation):
+            found = _fields(own.annotation)
+            groups[name] = (own.annotation, [each.name for each in found])
+        else:
+            found = [own.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        parameters |= {each.name: each for each in found}
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        for name, (build, members) in groups.items():
+            given[name] = build(**{member: given.pop(member) for member in members})
+        console.guarded(command)(**given)
+
+    wrapper.__annotations__ = {each.name: each.annotation for each in parameters.values()}
+    shown = signature.replace(parameters=list(parameters.values()))
+    wrapper.__signature__ = shown  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _flag(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(flag.name, kind, default=None, annotation=annotation)
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _options(given: dict[str, Any]) -> dict[str, Any]:
+def _fields(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    annotated = (item for item in fields(group) if hasattr(hints[item.name], "__metadata__"))
+    return [_flag(item.name, hints[item.name], item.default) for item in annotated]
+
+
+def _generation_flag(name: str, annotation: Any) -> inspect.Parameter:
+    union, panel, text = get_args(annotation)
+    kind: Any = get_args(union)[0]
+    for accepted in get_args(union):
+        if get_origin(accepted) is Sequence:
+            kind = list[get_args(accepted)[0]]  # type: ignore[misc]
+    if get_origin(kind) is Mapping:
+        kind = list[str]
+    if get_origin(kind) is list:
+        text = f"{text} Repeatable."
+    word = name.replace("_", "-")
+    words = f"--{word}/--no-{word}" if kind is bool else f"--{word}"
+    option = typer.Option(words, help=text, rich_help_panel=panel, show_default=False)
+    return _flag(name, Annotated[kind | None, option], None)
+
+
+def _options(**given: Any) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if value not in (None, [])}
     if "logit_bias" in options:
         pairs = _pairs("--logit-bias", options["logit_bias"])
         try:
-            options["logit_bias"] = {int(key): float(value) for key, value in pairs}
+            options["logit_bias"] = {int(key): float(value) for key, value in pairs.items()}
         except ValueError as error:
             raise typer.BadParameter(f"--logit-bias takes ID=BIAS: {error}") from None
     if "metadata" in options:
-        options["metadata"] = dict(_pairs("--metadata", options["metadata"]))
+        options["metadata"] = _pairs("--metadata", options["metadata"])
     return options
 
 
-def _pairs(flag: str, values: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _pairs(flag: str, values: Sequence[str]) -> dict[str, str]:
     for value in values:
-        key, equals, rest = value.partition("=")
-        if not equals:
+        if "=" not in value:
             raise typer.BadParameter(f"{flag} takes KEY=VALUE, not {value!r}")
-        yield key, rest
+    return dict(value.split("=", 1) for value in values)
 
 
 def interactive() -> bool:
@@ -142,21 +160,3 @@ def read_prompt(prompt: str | None) -> str:
         if text:
             return text.removesuffix("\n")
     raise typer.BadParameter("no prompt: give one as an argument or on standard input")
-
-
-def default_model() -> Path | None:
-    """`NANOINFER_MODEL`, else `models/guide` here or in the checkout that this file lies in."""
-    if named := os.environ.get("NANOINFER_MODEL"):
-        return Path(named)
-    checkout = Path(__file__).resolve().parents[4]
-    found = (root / "models" / "guide" for root in (Path.cwd(), checkout))
-    return next((path for path in found if (path / "config.json").is_file()), None)
-
-
-@contextmanager
-def connect(target: str, connect_timeout: float) -> Iterator[Client]:
-    """A client whose gateway is ready."""
-    with Client(target) as client:
-        with Progress(f"waiting for {target}"):
-            client.wait_until_ready(connect_timeout)
-        yield client

@@ -6,7 +6,7 @@ an ExportTraceServiceRequest with that trace's spans out.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,13 +15,14 @@ import grpc
 from google.protobuf.wrappers_pb2 import BytesValue
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 MAX_TRACES = 256
 MAX_SPANS_PER_TRACE = 4096
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 SERVICE = "nanoinfer.cli.Collector"
 TRACE = f"/{SERVICE}/GetTrace"
+_MESSAGE_SIZE = ("grpc.max_receive_message_length", 16 * 1024 * 1024)
 
 ExportRequest = trace_service_pb2.ExportTraceServiceRequest
 
@@ -48,17 +49,15 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self, port: int = 0) -> None:
         self._lock = threading.Lock()
         self._traces: OrderedDict[bytes, list[trace_pb2.ResourceSpans]] = OrderedDict()
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+        options = [_MESSAGE_SIZE, ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(max_workers=4), options=options)
         register: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
         register(self, self._server)
-        handler = grpc.unary_unary_rpc_method_handler(
+        get = grpc.unary_unary_rpc_method_handler(
             self._get, BytesValue.FromString, ExportRequest.SerializeToString
         )
-        methods = {"GetTrace": handler}
-        self._server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(SERVICE, methods)]
-        )
+        handler = grpc.method_handlers_generic_handler(SERVICE, {"GetTrace": get})
+        self._server.add_generic_rpc_handlers([handler])
         self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
 
     def Export(
@@ -66,19 +65,14 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     ) -> trace_service_pb2.ExportTraceServiceResponse:
         """Takes spans in; what exceeds the bounds is dropped, oldest traces first."""
         with self._lock:
-            for group in request.resource_spans:
-                for scope in group.scope_spans:
-                    for span in scope.spans:
-                        self._add(group, span)
+            for resource, span in _spans(request):
+                kept = self._traces.setdefault(span.trace_id, [])
+                if len(kept) < MAX_SPANS_PER_TRACE:
+                    scope = trace_pb2.ScopeSpans(spans=[span])
+                    kept.append(trace_pb2.ResourceSpans(resource=resource, scope_spans=[scope]))
+                if len(self._traces) > MAX_TRACES:
+                    self._traces.popitem(last=False)
         return trace_service_pb2.ExportTraceServiceResponse()
-
-    def _add(self, group: trace_pb2.ResourceSpans, span: trace_pb2.Span) -> None:
-        spans = self._traces.setdefault(span.trace_id, [])
-        if len(spans) < MAX_SPANS_PER_TRACE:
-            scope = trace_pb2.ScopeSpans(spans=[span])
-            spans.append(trace_pb2.ResourceSpans(resource=group.resource, scope_spans=[scope]))
-        if len(self._traces) > MAX_TRACES:
-            self._traces.popitem(last=False)
 
     def _get(self, request: BytesValue, context: Any) -> ExportRequest:
         with self._lock:
@@ -94,24 +88,24 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 def fetch(address: str, trace_id: str, timeout: float = 5.0) -> list[Span]:
     """A trace's spans so far. Raises grpc.RpcError where no collector answers at `address`."""
-    options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-    with grpc.insecure_channel(address, options) as channel:
+    with grpc.insecure_channel(address, [_MESSAGE_SIZE]) as channel:
         get = channel.unary_unary(TRACE, BytesValue.SerializeToString, ExportRequest.FromString)
         found = get(BytesValue(value=bytes.fromhex(trace_id)), timeout=timeout)
-    return [
-        _decode(group.resource.attributes, span)
-        for group in found.resource_spans
-        for scope in group.scope_spans
-        for span in scope.spans
-    ]
+    return [_decode(resource, span) for resource, span in _spans(found)]
 
 
-def _decode(resource: Iterable[KeyValue], span: trace_pb2.Span) -> Span:
-    kind = trace_pb2.Span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_").lower()
+def _spans(request: ExportRequest) -> Iterator[tuple[Resource, trace_pb2.Span]]:
+    for group in request.resource_spans:
+        for scope in group.scope_spans:
+            for span in scope.spans:
+                yield group.resource, span
+
+
+def _decode(resource: Resource, span: trace_pb2.Span) -> Span:
     return Span(
-        service=str(_values(resource).get("service.name", "unknown")),
+        service=str(_values(resource.attributes).get("service.name", "unknown")),
         name=span.name,
-        kind=kind,
+        kind=trace_pb2.Span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_").lower(),
         span_id=span.span_id,
         parent_id=span.parent_span_id,
         start=span.start_time_unix_nano,

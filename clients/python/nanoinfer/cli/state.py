@@ -10,8 +10,6 @@ from pathlib import Path
 from nanoinfer import health
 from nanoinfer.cli import console
 
-CHECK_SECONDS = 1.0
-
 
 @dataclass(frozen=True)
 class Running:
@@ -22,8 +20,7 @@ class Running:
     pid: int
 
 
-def directory() -> Path:
-    """Where the files are."""
+def _directory() -> Path:
     base = os.environ.get("XDG_RUNTIME_DIR") or os.environ.get("XDG_CACHE_HOME")
     return Path(base or Path.home() / ".cache") / "nanoinfer"
 
@@ -31,7 +28,7 @@ def directory() -> Path:
 @contextmanager
 def published(running: Running) -> Iterator[None]:
     """Leaves the file while the block runs. Without a writable place there is none."""
-    path = directory() / f"up-{running.pid}.json"
+    path = _directory() / f"up-{running.pid}.json"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(running)))
@@ -47,22 +44,15 @@ def published(running: Running) -> Iterator[None]:
 def find(target: str | None = None) -> Running | None:
     """The newest stack of this user that answers, or the one at `target`."""
     wanted = None if target is None else target.replace("localhost", "127.0.0.1")
-    for path in sorted(directory().glob("up-*.json"), reverse=True, key=_modified):
-        try:
-            running = Running(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            continue  # removed meanwhile, or not ours
-        if wanted in (None, running.target) and _answers(running.target):
+    found: list[tuple[float, Running]] = []
+    for path in _directory().glob("up-*.json"):
+        with suppress(OSError, ValueError, TypeError):  # removed meanwhile, or not ours
+            found.append((path.stat().st_mtime, Running(**json.loads(path.read_text()))))
+    for _, running in sorted(found, key=lambda pair: pair[0], reverse=True):
+        if wanted in (None, running.target) and _answers(running):
             return running
     return None
 
 
-def _answers(target: str) -> bool:
-    return health.check(target, health.READINESS, CHECK_SECONDS) == "SERVING"
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+def _answers(running: Running) -> bool:
+    return health.check(running.target, health.READINESS, timeout=1.0) == "SERVING"

@@ -3,8 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -17,11 +16,11 @@ from rich.console import Console
 
 from nanoinfer.cli import console
 from nanoinfer.cli.answers import open_stream, show
+from nanoinfer.cli.arguments import Gateway
 from nanoinfer.cli.collector import Span, fetch
 from nanoinfer.cli.waterfall import PLAIN_WIDTH, draw
-from nanoinfer.client import Client
 from nanoinfer.errors import NanoInferError
-from nanoinfer.options import Message
+from nanoinfer.options import Messages
 
 SERVICES = {"nanoinfer-gateway", "nanoinfer-tokenizer", "nanoinfer-engine"}
 SPANS_TIMEOUT = 5.0
@@ -31,34 +30,33 @@ QUIET_SECONDS_INCOMPLETE = 2.0
 
 
 def run(
-    target: str,
+    gateway: Gateway,
     collector: str,
-    prompt: str | Sequence[Message],
+    prompt: str | Messages,
     options: Mapping[str, Any],
-    connect_timeout: float,
     *,
     as_json: bool,
 ) -> None:
     """Shows the answer, then its spans. A request that fails is drawn too, then raised."""
     completion, failure = None, None
-    with (
-        _tracer_provider(collector) as provider,
-        Client(target, tracer_provider=provider) as client,
-    ):
-        with console.Progress(f"waiting for {target}"):
-            client.wait_until_ready(connect_timeout)
-        try:
+    provider = _tracer_provider(collector)
+    try:
+        with gateway.connect(provider) as client:
             if as_json:
                 completion = open_stream(client, prompt, options).result()
             else:
-                completion = show(client, prompt, options)
-        except NanoInferError as error:
-            failure = error
-    trace_id = failure.trace_id if completion is None and failure else None
-    trace_id = completion.trace_id if completion else trace_id
-    spans = await_spans(collector, trace_id) if trace_id else []
+                completion = show(client, prompt, options, as_json)
+    except NanoInferError as error:
+        failure = error
+    finally:
+        provider.shutdown()
+    trace_id = getattr(failure or completion, "trace_id", None)
+    if failure is not None and trace_id is None:
+        raise failure
+    spans = _await_spans(collector, trace_id) if trace_id else []
     if as_json:
-        console.write_json({"trace_id": trace_id, "completion": completion, "spans": spans})
+        found = {"trace_id": trace_id, "completion": completion, "spans": spans}
+        console.show("", found, as_json)
     elif trace_id is None:
         console.note("the gateway named no trace")
     else:
@@ -69,11 +67,11 @@ def run(
         raise failure
 
 
-def await_spans(collector: str, trace_id: str) -> list[Span]:
+def _await_spans(collector: str, trace_id: str) -> list[Span]:
     """The trace's spans, once every service's have come and no more follow."""
-    end = time.monotonic() + SPANS_TIMEOUT
     spans: list[Span] = []
     changed = time.monotonic()
+    end = changed + SPANS_TIMEOUT
     with console.Progress("collecting spans"):
         while (now := time.monotonic()) < end:
             try:
@@ -83,8 +81,7 @@ def await_spans(collector: str, trace_id: str) -> list[Span]:
                 raise console.CommandError(reason) from error
             if len(found) != len(spans):
                 spans, changed = found, now
-            quiet = QUIET_SECONDS if _whole(spans) else QUIET_SECONDS_INCOMPLETE
-            if now - changed > quiet:
+            if now - changed > (QUIET_SECONDS if _whole(spans) else QUIET_SECONDS_INCOMPLETE):
                 break
             time.sleep(0.05)
     return spans
@@ -96,15 +93,11 @@ def _whole(spans: Sequence[Span]) -> bool:
     return services >= SERVICES and all(span.parent_id in known for span in spans)
 
 
-@contextmanager
-def _tracer_provider(collector: str) -> Iterator[TracerProvider]:
+def _tracer_provider(collector: str) -> TracerProvider:
     """An SDK that sends this process's spans to the collector; a lost span is no failure here."""
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     resource = Resource({"service.name": "nanoinfer-cli"})
     provider = TracerProvider(resource=resource, sampler=ALWAYS_ON, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(endpoint=f"http://{collector}", insecure=True, timeout=2)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    try:
-        yield provider
-    finally:
-        provider.shutdown()
+    return provider

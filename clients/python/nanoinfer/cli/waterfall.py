@@ -2,7 +2,6 @@
 duration, and below it the attributes and events worth reading."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -16,13 +15,6 @@ _SHOWN = ("gen_ai.usage.", "gen_ai.response.", "gen_ai.request.", "nanoinfer.", 
 _NOT_SHOWN = ("gen_ai.response.id", "nanoinfer.request.id", "gen_ai.response.model")
 
 
-@dataclass(frozen=True)
-class _Row:
-    span: Span
-    lead: str  # what draws the tree before the name
-    below: str  # the same for the lines under it
-
-
 def draw(spans: Sequence[Span], console: Console) -> None:
     """Prints the waterfall; spans whose parent is missing stand at the top level."""
     if not spans:
@@ -32,30 +24,31 @@ def draw(spans: Sequence[Span], console: Console) -> None:
     total = max(max(span.end for span in spans) - start, 1)
     rows = list(_rows(spans))
     width = max(console.width, 60)
-    service_width = max(len(_service(row.span)) for row in rows)
-    name_width = min(max(len(row.lead + _name(row.span)) for row in rows), width // 2)
-    bar_width = width - service_width - name_width - len(_milliseconds(total)) - 3
-    for row in rows:
-        line = Text(_service(row.span).ljust(service_width + 1), style=_style(row.span))
-        line.append(_fit(row.lead + _name(row.span), name_width), style="bold")
-        line.append(" ")
-        line.append(_bar(row.span, start, total, bar_width), style=_style(row.span))
-        line.append(
-            _milliseconds(row.span.end - row.span.start).rjust(len(_milliseconds(total)) + 1)
-        )
+    service_width = max(len(_service(span)) for span in spans) + 1
+    name_width = min(max(len(lead + _name(span)) for span, lead, _ in rows), width // 2)
+    time_width = len(_milliseconds(total)) + 1
+    bar_width = width - service_width - name_width - time_width - 1
+    for span, lead, below in rows:
+        style = "red" if span.failed else _STYLES.get(_service(span), "yellow")
+        name = Text(lead + _name(span), style="bold")
+        name.truncate(name_width, overflow="ellipsis", pad=True)
+        line = Text(_service(span).ljust(service_width), style=style).append_text(name)
+        line.append(f" {_bar(span, start, total, bar_width)}", style=style)
+        line.append(_milliseconds(span.end - span.start).rjust(time_width))
         _print(console, line, width)
-        indent = " " * (service_width + 1) + row.below
-        for text in _wrapped(list(_facts(row.span)), width - len(indent)):
+        indent = " " * service_width + below
+        for text in _wrapped(_facts(span), width - len(indent)):
             _print(console, Text(indent + text, style="dim"), width)
 
 
 def _print(console: Console, line: Text, width: int) -> None:
     line.truncate(width)
     line.rstrip()
-    console.print(line, no_wrap=True, overflow="crop", crop=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
-def _rows(spans: Sequence[Span]) -> Iterator[_Row]:
+def _rows(spans: Sequence[Span]) -> Iterator[tuple[Span, str, str]]:
+    """Each span with what draws the tree before its name, and before the lines under it."""
     ordered = sorted(spans, key=lambda span: (span.start, -span.end))
     known = {span.span_id for span in spans}
     children: dict[bytes, list[Span]] = {}
@@ -70,8 +63,8 @@ def _rows(spans: Sequence[Span]) -> Iterator[_Row]:
             if span.span_id in seen:
                 continue
             seen.add(span.span_id)
-            inner = [] if not span.span_id else children.get(span.span_id, [])
-            yield _Row(span, lead, below + ("│ " if inner else "  "))
+            inner = children.get(span.span_id, []) if span.span_id else []
+            yield span, lead, below + ("│ " if inner else "  ")
             for child in reversed(inner):
                 mark, line = ("└ ", "  ") if child is inner[-1] else ("├ ", "│ ")
                 pending.append((child, below + mark, below + line))
@@ -82,17 +75,9 @@ def _service(span: Span) -> str:
     return "client" if name == "cli" else name
 
 
-def _style(span: Span) -> str:
-    return "red" if span.failed else _STYLES.get(_service(span), "yellow")
-
-
 def _name(span: Span) -> str:
     name = _plain(span.name).removeprefix("nanoinfer.v1.")
     return f"→ {name}" if span.kind == "client" else name
-
-
-def _fit(text: str, width: int) -> str:
-    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
 
 
 def _bar(span: Span, start: int, total: int, width: int) -> str:
@@ -112,15 +97,11 @@ def _facts(span: Span) -> Iterator[str]:
         yield f"status={code}"
     for key, value in sorted(span.attributes.items()):
         if key.startswith(_SHOWN) and key not in _NOT_SHOWN and value not in (0, code):
-            yield f"{_short(key)}={_plain(value)}"
+            for prefix in ("gen_ai.usage.", "gen_ai.response.", "gen_ai.", "nanoinfer."):
+                key = key.removeprefix(prefix)
+            yield f"{key}={_plain(value)}"
     for time, name in span.events:
         yield f"{name} at {_milliseconds(time - span.start)}"
-
-
-def _short(key: str) -> str:
-    for prefix in ("gen_ai.usage.", "gen_ai.response.", "gen_ai.", "nanoinfer."):
-        key = key.removeprefix(prefix)
-    return key
 
 
 def _plain(value: Any) -> str:
@@ -130,13 +111,13 @@ def _plain(value: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _wrapped(facts: Sequence[str], width: int) -> Iterator[str]:
-    line = ""
+def _wrapped(facts: Iterator[str], width: int) -> Iterator[str]:
+    line = next(facts, "")
     for fact in facts:
-        if line and len(line) + 2 + len(fact) > width:
+        if len(line) + 2 + len(fact) > width:
             yield line
             line = fact
         else:
-            line = f"{line}  {fact}" if line else fact
+            line = f"{line}  {fact}"
     if line:
         yield line
