@@ -22,20 +22,18 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 
 from nanoinfer_common import errors, names, telemetry
-from nanoinfer_common.client_interceptors import client_interceptors
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, is_label
 from nanoinfer_common.spans import (
-    end_server_span,
+    SERVER_FAULTS,
+    end_span,
     has_span,
     is_watch,
     record_unknown_method,
     start_server_span,
 )
 from nanoinfer_common.status import ServiceStatus
-
-__all__ = ["RpcInterceptor", "client_interceptors", "server_interceptors"]
 
 # grpc-stubs types handlers and interceptors only in part, and says so.
 Handler: TypeAlias = Any
@@ -49,22 +47,13 @@ _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 log = structlog.get_logger(__name__)
 
 
-def server_interceptors(
-    domain: str, settings: ServiceSettings, status: ServiceStatus | None = None
-) -> list["RpcInterceptor"]:
-    """Returns the interceptors of a server whose errors carry `domain`.
-
-    With a `status`, requests are refused with UNAVAILABLE while it is LOADING or DRAINING.
-    """
-    return [RpcInterceptor(domain, settings, status)]
-
-
 class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps the handlers and knows the calls that are running."""
+    """Wraps the handlers of a server whose errors carry `domain`; knows the calls that run.
 
-    def __init__(
-        self, domain: str, settings: ServiceSettings, status: ServiceStatus | None = None
-    ) -> None:
+    Requests are refused with UNAVAILABLE while the status is LOADING or DRAINING.
+    """
+
+    def __init__(self, domain: str, settings: ServiceSettings, status: ServiceStatus) -> None:
         self.domain = domain
         self.settings = settings
         self.status = status
@@ -142,7 +131,7 @@ class RunningCall:
 
     def admit(self) -> None:
         """Refuses the call while the service is loading or draining, and starts its deadline."""
-        state = self._interceptor.status and self._interceptor.status.state
+        state = self._interceptor.status.state
         if not self.method.endswith("/GetServerInfo"):
             if state == pb.SERVER_STATE_LOADING:
                 raise errors.unavailable(names.LOADING, "loading", REFUSAL_RETRY_SECONDS)
@@ -247,7 +236,9 @@ class RunningCall:
         if self._timer is not None:
             self._timer.cancel()
         self._interceptor.running.discard(self)
-        end_server_span(self._span, code, reason)
+        if reason:
+            self._span.set_attribute("nanoinfer.error.reason", reason)
+        end_span(self._span, code, is_error=code in SERVER_FAULTS)
         log.info(
             "rpc",
             method=self.method,
