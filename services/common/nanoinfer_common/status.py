@@ -6,6 +6,7 @@ server stops, because a process that drains or is overloaded must not be killed 
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -79,8 +80,7 @@ class ServiceStatus:
             log.error("fatal", exc_info=error)
         self._change(pb.SERVER_STATE_STALLED)
         self.failure = error
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.failed.set)
+        self._call_soon(self.failed.set)
 
     async def bind(self, service: str, full_name: str, health: Any) -> None:
         """Names the service and publishes its state from now on; called by the server."""
@@ -97,8 +97,6 @@ class ServiceStatus:
 
     async def publish(self) -> None:
         """Brings the health names up to the present state."""
-        if self._health is None:
-            return
         serving = self._state == pb.SERVER_STATE_SERVING and not self._leaving
         value = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         for name in ("", self._full_name, names.READINESS):
@@ -109,8 +107,11 @@ class ServiceStatus:
             return
         self._state = state
         log.info("state", state=pb.ServerState.Name(state))
+        self._call_soon(self._start_publishing)
+
+    def _call_soon(self, callback: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._start_publishing)
+            self._loop.call_soon_threadsafe(callback)
 
     def _start_publishing(self) -> None:
         task = asyncio.ensure_future(self.publish())
