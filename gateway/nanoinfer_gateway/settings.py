@@ -26,10 +26,10 @@ class GatewaySettings(ServiceSettings):
         description="Engine addresses; names are looked up again and again, replica by replica.",
     )
     resolve_seconds: float = Field(
-        5.0, gt=0, allow_inf_nan=False, description="Time between look-ups of the engines' names."
+        5.0, gt=0, description="Time between look-ups of the engines' names."
     )
     tokenizer_timeout_seconds: float = Field(
-        5.0, gt=0, allow_inf_nan=False, description="Longest that a call to the tokenizer takes."
+        5.0, gt=0, description="Longest that a call to the tokenizer takes."
     )
     max_requests: int = Field(512, ge=1, description="Most generations under way.")
     max_prompt_tokens: int = Field(
@@ -48,7 +48,7 @@ class GatewaySettings(ServiceSettings):
         8, ge=1, description="Stream messages written at one time; more piles up and merges."
     )
     stall_seconds: float = Field(
-        60.0, gt=0, allow_inf_nan=False, description="Longest that a reader may take no message."
+        60.0, gt=0, description="Longest that a reader may take no message."
     )
     ready_without_upstreams: bool = Field(
         False, description="Report readiness even while no tokenizer or engine answers."

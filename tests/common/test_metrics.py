@@ -2,6 +2,7 @@
 
 import threading
 import urllib.request
+from contextlib import closing
 
 import pytest
 from nanoinfer_common import metrics, telemetry
@@ -35,7 +36,7 @@ def registry() -> CollectorRegistry:
 
 
 def test_text_is_the_default_and_keeps_colons(registry: CollectorRegistry) -> None:
-    with MetricsServer(registry, "127.0.0.1", 0) as server:
+    with closing(MetricsServer(registry, "127.0.0.1", 0)) as server:
         kind, text = scrape(server.port)
     assert kind.startswith("text/plain; version=0.0.4")
     assert 'vllm:num_requests_waiting{model_name="m"} 3.0' in text
@@ -47,7 +48,7 @@ def test_text_is_the_default_and_keeps_colons(registry: CollectorRegistry) -> No
 
 
 def test_open_metrics_on_request_brings_exemplars(registry: CollectorRegistry) -> None:
-    with MetricsServer(registry, "127.0.0.1", 0) as server:
+    with closing(MetricsServer(registry, "127.0.0.1", 0)) as server:
         kind, text = scrape(server.port, "application/openmetrics-text; version=1.0.0")
     assert kind.startswith("application/openmetrics-text")
     assert list(text_string_to_metric_families(text))
@@ -56,7 +57,7 @@ def test_open_metrics_on_request_brings_exemplars(registry: CollectorRegistry) -
 
 def test_a_taken_port_is_an_os_error(registry: CollectorRegistry) -> None:
     with (
-        MetricsServer(registry, "127.0.0.1", 0) as server,
+        closing(MetricsServer(registry, "127.0.0.1", 0)) as server,
         pytest.raises(OSError, match="in use"),
     ):
         MetricsServer(registry, "127.0.0.1", server.port)
@@ -66,8 +67,8 @@ async def test_services_report_dropped_spans_and_answer_while_the_loop_is_blocke
     async with start_probe(metrics_port=0) as probe:
         port = probe.server.metrics_port
         assert port is not None
-        before = telemetry.DROPPED_SPANS.count
-        telemetry.DROPPED_SPANS.add(2)
+        before = telemetry.DROPPED_SPANS.collect()[0].samples[0].value
+        telemetry.DROPPED_SPANS.inc(2)
         texts: list[str] = []
         scraper = threading.Thread(target=lambda: texts.append(scrape(port)[1]))
         scraper.start()

@@ -10,12 +10,17 @@ import grpc
 import pytest
 from nanoinfer_common import telemetry
 from nanoinfer_common.errors import StartError
-from nanoinfer_common.telemetry import BoundedSpanProcessor, DroppedSpans, SpanEvent
+from nanoinfer_common.telemetry import DROPPED_SPANS, BoundedSpanProcessor, SpanEvent
 from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import Counter
+
+
+def num_counted(counter: Counter) -> float:
+    return counter.collect()[0].samples[0].value
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -92,7 +97,7 @@ def test_an_absent_collector_costs_nothing_and_is_counted(
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-    before = telemetry.DROPPED_SPANS.count
+    before = num_counted(DROPPED_SPANS)
     flush = telemetry.configure_tracing("nanoinfer-engine")
     started = time.monotonic()
     for _ in range(10):
@@ -101,10 +106,10 @@ def test_an_absent_collector_costs_nothing_and_is_counted(
     flush()
     assert time.monotonic() - started < 3
     for _ in range(300):
-        if telemetry.DROPPED_SPANS.count == before + 10:
+        if num_counted(DROPPED_SPANS) == before + 10:
             break
         time.sleep(0.01)
-    assert telemetry.DROPPED_SPANS.count == before + 10
+    assert num_counted(DROPPED_SPANS) == before + 10
 
 
 class StuckExporter(SpanExporter):
@@ -121,7 +126,7 @@ class StuckExporter(SpanExporter):
 
 
 def test_a_stuck_collector_bounds_memory_and_drops() -> None:
-    exporter, dropped = StuckExporter(), DroppedSpans()
+    exporter, dropped = StuckExporter(), Counter("dropped_spans", "d", registry=None)
     processor = BoundedSpanProcessor(exporter, dropped, max_queued=64)
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(processor)
@@ -131,21 +136,18 @@ def test_a_stuck_collector_bounds_memory_and_drops() -> None:
         tracer.start_span("s").end()
     assert time.monotonic() - started < 2
     # One batch may be with the exporter beside the queue.
-    assert 1000 - 2 * 64 <= dropped.count <= 1000 - 64
+    assert 1000 - 2 * 64 <= num_counted(dropped) <= 1000 - 64
     exporter.release.set()
     provider.shutdown()
-    assert exporter.num_exported + dropped.count == 1000
-    (family,) = dropped.collect()
-    assert family.samples[0].name == "nanoinfer_trace_spans_dropped_total"
-    assert family.samples[0].value == dropped.count
+    assert exporter.num_exported + num_counted(dropped) == 1000
 
 
 def test_unsampled_spans_are_not_counted() -> None:
-    dropped = DroppedSpans()
+    dropped = Counter("dropped_spans", "d", registry=None)
     processor = BoundedSpanProcessor(InMemorySpanExporter(), dropped)
     processor.on_end(ReadableSpan("s", trace.SpanContext(1, 2, False)))
     processor.shutdown()
-    assert dropped.count == 0
+    assert num_counted(dropped) == 0
 
 
 def test_spans_made_afterwards(spans: InMemorySpanExporter) -> None:

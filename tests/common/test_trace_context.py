@@ -131,7 +131,7 @@ async def test_the_requests_own_id_labels_span_and_answer(
     async def label(request: bytes, context: Any) -> bytes:
         found = read_metadata(context.invocation_metadata(), "from-field")
         assert found.request_id == "from-field"
-        telemetry.set_attributes({"nanoinfer.prompt.chars": 3}, extra=True)
+        telemetry.set_attributes({"nanoinfer.prompt.chars": 3, "extra": True})
         return request
 
     async with start_probe() as probe:

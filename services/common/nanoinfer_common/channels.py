@@ -1,16 +1,25 @@
 """Channels to the services, set up as the contract says.
 
 Retries: UNAVAILABLE only, only before response headers, never for the engine, whose callers pick
-another replica themselves.
+another replica themselves. Tracing: a CLIENT span for each call and `traceparent` in its metadata;
+calls of health, reflection and `Watch…` RPCs make no spans. Baggage does not leave.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias, cast
 
 import grpc
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from nanoinfer_common.interceptors import client_interceptors
+from nanoinfer_common import telemetry
+from nanoinfer_common.spans import end_span, has_span, rpc_attributes
+
+# grpc-stubs types interceptors only in part, and says so.
+Call: TypeAlias = Any
+Continuation: TypeAlias = Any
+Details: TypeAlias = Any
 
 MAX_RECEIVE_BYTES: Final = 8 * 1024 * 1024
 KEEPALIVE_MILLISECONDS: Final = 60_000
@@ -38,25 +47,22 @@ def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel
         ("grpc.max_reconnect_backoff_ms", 5000),
         ("grpc.service_config", json.dumps(service_config(round_robin))),
     ]
-    interceptors = [cast(grpc.aio.ClientInterceptor, _TokenizerTimeout())]
-    interceptors += client_interceptors(address)
+    kinds = (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)
+    interceptors = [cast(grpc.aio.ClientInterceptor, kind(address)) for kind in kinds]
     return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
 
 
 def service_config(round_robin: bool = False) -> dict[str, Any]:
     """Returns the gRPC service config: retries, load balancing, health checks."""
+    retries = {
+        "maxAttempts": 4,
+        "initialBackoff": "0.05s",
+        "maxBackoff": "1s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
     config: dict[str, Any] = {
-        "methodConfig": [
-            {
-                "name": [{"service": "nanoinfer.v1.GatewayService"}],
-                "waitForReady": True,
-                "retryPolicy": _retry_policy(3, "0.1s", "2s"),
-            },
-            {
-                "name": [{"service": _TOKENIZER}],
-                "retryPolicy": _retry_policy(4, "0.05s", "1s"),
-            },
-        ],
+        "methodConfig": [{"name": [{"service": _TOKENIZER}], "retryPolicy": retries}],
         "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
     }
     if round_robin:
@@ -65,38 +71,82 @@ def service_config(round_robin: bool = False) -> dict[str, Any]:
     return config
 
 
-class _TokenizerTimeout(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
-    """Bounds unary tokenizer calls to 5 s, retries included.
+class _Tracing:
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._host = host.rpartition("/")[2] or address
+        self._port = int(port) if port.isdigit() else 0
+
+    async def trace(self, continuation: Continuation, details: Details, request: Any) -> Call:
+        method = _method(details)
+        if not has_span(method):
+            return await continuation(details, request)
+        attributes = rpc_attributes(method, self._host, self._port)
+        span = telemetry.tracer().start_span(
+            method, kind=trace.SpanKind.CLIENT, attributes=attributes
+        )
+        try:
+            call = await continuation(_with_context(details, span), request)
+        except BaseException as error:
+            span.set_attribute("error.type", type(error).__name__)
+            span.set_status(trace.StatusCode.ERROR)
+            span.end()
+            raise
+        call.add_done_callback(lambda done: _end(span, done))
+        return call
+
+
+# gRPC takes an interceptor for the first kind of call that it declares, so each kind has its class.
+class _UnaryUnary(_Tracing, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[type-arg]
+    async def intercept_unary_unary(
+        self, continuation: Continuation, client_call_details: Details, request: Any
+    ) -> Call:
+        return await self.trace(continuation, _bounded(client_call_details), request)
+
+
+class _UnaryStream(_Tracing, grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
+    intercept_unary_stream: Any = _Tracing.trace
+
+
+class _StreamUnary(_Tracing, grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[type-arg]
+    intercept_stream_unary: Any = _Tracing.trace
+
+
+class _StreamStream(_Tracing, grpc.aio.StreamStreamClientInterceptor):  # type: ignore[type-arg]
+    intercept_stream_stream: Any = _Tracing.trace
+
+
+def _bounded(details: Details) -> Details:
+    """Bounds tokenizer calls to 5 s, retries included.
 
     Not by the service config's `timeout`, which ends calls up to 2 s too early (grpc#34547,
     grpc#40633: "2s" fired after 0.24 s) and which servers do not get to see.
     """
-
-    async def intercept_unary_unary(
-        self, continuation: Any, client_call_details: Any, request: Any
-    ) -> Any:
-        details = client_call_details
-        method = details.method.decode() if isinstance(details.method, bytes) else details.method
-        if method.startswith(f"/{_TOKENIZER}/"):
-            given = details.timeout
-            seconds = TOKENIZER_UNARY_SECONDS
-            details = grpc.aio.ClientCallDetails(
-                details.method,
-                seconds if given is None else min(given, seconds),
-                details.metadata,
-                details.credentials,
-                details.wait_for_ready,
-            )
-        return await continuation(details, request)
+    if not _method(details).startswith(f"{_TOKENIZER}/"):
+        return details
+    given = TOKENIZER_UNARY_SECONDS if details.timeout is None else details.timeout
+    return details._replace(timeout=min(given, TOKENIZER_UNARY_SECONDS))
 
 
-def _retry_policy(
-    attempts: int, initial: str, longest: str
-) -> Mapping[str, int | str | Sequence[str]]:
-    return {
-        "maxAttempts": attempts,
-        "initialBackoff": initial,
-        "maxBackoff": longest,
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    }
+def _method(details: Details) -> str:
+    method = details.method
+    return (method.decode() if isinstance(method, bytes) else str(method)).removeprefix("/")
+
+
+def _with_context(details: Details, span: trace.Span) -> Details:
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier, trace.set_span_in_context(span))
+    given = cast(Sequence[tuple[str, str | bytes]], details.metadata or ())
+    kept = [(key, value) for key, value in given if key not in {"baggage", *carrier}]
+    return details._replace(metadata=grpc.aio.Metadata(*kept, *carrier.items()))
+
+
+def _end(span: trace.Span, call: Call) -> None:
+    # A finished call's code is known: its coroutine returns at the first step, so a done callback,
+    # which cannot await, may run it by hand.
+    code = grpc.StatusCode.UNKNOWN
+    try:
+        call.code().send(None)
+    except StopIteration as done:
+        code = done.value
+    end_span(span, code, is_error=code is not grpc.StatusCode.OK)

@@ -34,10 +34,7 @@ class ServiceSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix=ENV_PREFIX,
-        nested_model_default_partial_update=False,
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, allow_inf_nan=False
     )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -53,29 +50,20 @@ class ServiceSettings(BaseSettings):
     )
     log_format: Literal["json", "console"] = Field("json", description="Form of the log.")
     reflection: bool = Field(True, description="Serve gRPC reflection.")
-    max_message_bytes: int = Field(
-        8 * 1024 * 1024, ge=1024, description="Largest message that is received."
-    )
+    max_message_bytes: int = Field(2**23, ge=1024, description="Largest message that is received.")
     default_deadline_seconds: float = Field(
-        300.0, gt=0, allow_inf_nan=False, description="Deadline of a call that brings none."
+        300.0, gt=0, description="Deadline where none is given."
     )
-    max_deadline_seconds: float = Field(
-        3600.0, gt=0, allow_inf_nan=False, description="Longest deadline; longer ones are cut."
-    )
+    max_deadline_seconds: float = Field(3600.0, gt=0, description="Longer deadlines are cut.")
     drain_delay_seconds: float = Field(
-        0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="Time to serve on after reporting NOT_SERVING, before new calls are refused.",
+        0.0, ge=0, description="Time to serve on after NOT_SERVING, before new calls are refused."
     )
-    drain_seconds: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="Time that admitted work gets to finish."
-    )
+    drain_seconds: float = Field(30.0, ge=0, description="Time for admitted work to finish.")
     max_connection_age_seconds: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Age at which a client must reconnect."
+        None, gt=0, description="Age at which a client must reconnect."
     )
     trust_incoming_trace: bool = Field(
-        False, description="Continue a caller's trace; otherwise it becomes a link."
+        False, description="Continue callers' traces, not link them."
     )
     metrics_prefix: str = Field(
         "vllm:", pattern=r"^[a-zA-Z_:]*$", description="Prefix of the engine metrics' names."

@@ -136,20 +136,18 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
-    retry_after: float | None = None
     for detail in _packed_status(error).details:
         for known in (info, bad_request, retry):
             if detail.Is(known.DESCRIPTOR):
                 detail.Unpack(known)
-        if detail.Is(retry.DESCRIPTOR):
-            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    delay = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
     return ServiceError(
         error.code(),
         info.reason or error.code().name,
         error.details() or error.code().name,
         metadata=dict(info.metadata),
         violations=[Violation(v.field, v.description) for v in bad_request.field_violations],
-        retry_after=retry_after,
+        retry_after=delay,
     )
 
 

@@ -12,8 +12,7 @@ import inspect
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from types import TracebackType
-from typing import Any, Final, Self, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 import grpc
 import structlog
@@ -22,20 +21,18 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 
 from nanoinfer_common import errors, names, telemetry
-from nanoinfer_common.client_interceptors import client_interceptors
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, is_label
 from nanoinfer_common.spans import (
-    end_server_span,
+    SERVER_FAULTS,
+    end_span,
     has_span,
     is_watch,
     record_unknown_method,
     start_server_span,
 )
 from nanoinfer_common.status import ServiceStatus
-
-__all__ = ["RpcInterceptor", "client_interceptors", "server_interceptors"]
 
 # grpc-stubs types handlers and interceptors only in part, and says so.
 Handler: TypeAlias = Any
@@ -44,27 +41,22 @@ Context: TypeAlias = Any
 # A client's own deadline reaches the server as a cancel; one this close to it was the deadline.
 DEADLINE_SLACK_SECONDS: Final = 0.05
 REFUSAL_RETRY_SECONDS: Final = 1.0
+_REFUSALS: Final = {
+    pb.SERVER_STATE_LOADING: (names.LOADING, "loading"),
+    pb.SERVER_STATE_DRAINING: (names.SHUTTING_DOWN, "shutting down"),
+}
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 log = structlog.get_logger(__name__)
 
 
-def server_interceptors(
-    domain: str, settings: ServiceSettings, status: ServiceStatus | None = None
-) -> list["RpcInterceptor"]:
-    """Returns the interceptors of a server whose errors carry `domain`.
-
-    With a `status`, requests are refused with UNAVAILABLE while it is LOADING or DRAINING.
-    """
-    return [RpcInterceptor(domain, settings, status)]
-
-
 class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps the handlers and knows the calls that are running."""
+    """Wraps the handlers of a server whose errors carry `domain`; knows the calls that run.
 
-    def __init__(
-        self, domain: str, settings: ServiceSettings, status: ServiceStatus | None = None
-    ) -> None:
+    Requests are refused with UNAVAILABLE while the status is LOADING or DRAINING.
+    """
+
+    def __init__(self, domain: str, settings: ServiceSettings, status: ServiceStatus) -> None:
         self.domain = domain
         self.settings = settings
         self.status = status
@@ -102,54 +94,70 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         behavior = getattr(handler, kind)
 
         async def respond(request: Any, context: Context) -> Any:
-            async with RunningCall(self, method, context) as call:
-                call.admit()
-                return await behavior(request, context)
-
-        async def stream(request: Any, context: Context) -> None:
-            # Messages are written here rather than yielded, so that a cancel during a write
-            # lands in this frame and closes the handler's generator at once.
-            async with RunningCall(self, method, context) as call:
-                call.admit()
-                result = behavior(request, context)
-                if not inspect.isasyncgen(result):
-                    await result
-                    return
-                async with contextlib.aclosing(result) as messages:
-                    async for message in messages:
-                        await context.write(message)
+            return await RunningCall(self, method, context).respond(behavior, request)
 
         build = getattr(grpc, f"{kind}_rpc_method_handler")
         return build(
-            stream if handler.response_streaming else respond,
+            respond,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
 
 class RunningCall:
-    """One RPC from its first to its last moment, as an async context manager."""
+    """One RPC from its first to its last moment."""
 
     def __init__(self, interceptor: RpcInterceptor, method: str, context: Context) -> None:
         self.method = method
         self._interceptor = interceptor
         self._context = context
         self._started = time.perf_counter()
-        self._task = asyncio.current_task()
+        self._task = cast(asyncio.Task[Any], asyncio.current_task())
         self._interruption: ServiceError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._span: trace.Span = trace.INVALID_SPAN
 
-    def admit(self) -> None:
+    async def respond(self, behavior: Callable[[Any, Context], Any], request: Any) -> Any:
+        """Answers as the handler does, or with the status of what it raised."""
+        self._enter()
+        try:
+            self._admit()
+            response = await self._handle(behavior, request)
+        except BaseException as raised:
+            ending = self._ending(raised)
+            if isinstance(ending, grpc.StatusCode):
+                self._finish(ending)
+            else:
+                await self._abort(ending)
+            raise
+        self._context.set_trailing_metadata((*self._context.trailing_metadata(), *self._ids()))
+        self._finish(_as_code(self._context.code()))
+        return response
+
+    def interrupt(self, error: ServiceError) -> None:
+        """Cancels the handler and answers with `error`."""
+        if self._interruption is None:
+            self._interruption = error
+            self._task.cancel()
+
+    def _enter(self) -> None:
+        metadata = list(self._context.invocation_metadata() or ())
+        self._interceptor.running.add(self)
+        if has_span(self.method):
+            self._span = start_server_span(
+                self.method, metadata, self._context.peer(), self._interceptor.settings
+            )
+        # The task is this call's own, so nothing has to be detached or reset at its end.
+        otel_context.attach(trace.set_span_in_context(self._span))
+        given = [value for key, value in metadata if key == names.REQUEST_ID]
+        usable = len(given) == 1 and is_label(given[0], MAX_REQUEST_ID_CHARS)
+        telemetry.enter_rpc(self._span, given[0] if usable else str(uuid.uuid4()))
+
+    def _admit(self) -> None:
         """Refuses the call while the service is loading or draining, and starts its deadline."""
-        state = self._interceptor.status and self._interceptor.status.state
-        if not self.method.endswith("/GetServerInfo"):
-            if state == pb.SERVER_STATE_LOADING:
-                raise errors.unavailable(names.LOADING, "loading", REFUSAL_RETRY_SECONDS)
-            if state == pb.SERVER_STATE_DRAINING:
-                raise errors.unavailable(
-                    names.SHUTTING_DOWN, "shutting down", REFUSAL_RETRY_SECONDS
-                )
+        state = self._interceptor.status.state
+        if state in _REFUSALS and not self.method.endswith("/GetServerInfo"):
+            raise errors.unavailable(*_REFUSALS[state], REFUSAL_RETRY_SECONDS)
         settings = self._interceptor.settings
         given = self._context.time_remaining()
         limit = settings.default_deadline_seconds if given is None else given
@@ -162,99 +170,64 @@ class RunningCall:
             )
             self._timer = asyncio.get_running_loop().call_later(limit, self.interrupt, error)
 
-    def interrupt(self, error: ServiceError) -> None:
-        """Cancels the handler and answers with `error`."""
-        if self._interruption is None and self._task is not None:
-            self._interruption = error
-            self._task.cancel()
+    async def _handle(self, behavior: Callable[[Any, Context], Any], request: Any) -> Any:
+        result = behavior(request, self._context)
+        if not inspect.isasyncgen(result):
+            return await result
+        # Messages are written here rather than yielded, so that a cancel during a write
+        # lands in this frame and closes the handler's generator at once.
+        async with contextlib.aclosing(result) as messages:
+            async for message in messages:
+                await self._context.write(message)
+        return None
 
-    async def __aenter__(self) -> Self:
-        metadata = list(self._context.invocation_metadata() or ())
-        self._interceptor.running.add(self)
-        if has_span(self.method):
-            self._span = start_server_span(
-                self.method, metadata, self._context.peer(), self._interceptor.settings
-            )
-        # The task is this call's own, so nothing has to be detached or reset at its end.
-        otel_context.attach(trace.set_span_in_context(self._span))
-        given = [value for key, value in metadata if key == names.REQUEST_ID]
-        usable = len(given) == 1 and is_label(given[0], MAX_REQUEST_ID_CHARS)
-        telemetry.enter_rpc(self._span, given[0] if usable else str(uuid.uuid4()))
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        raised: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        if raised is None:
-            code = _as_code(self._context.code())
-            self._context.set_trailing_metadata((*self._context.trailing_metadata(), *self._ids()))
-            self._finish(code)
-            return False
-        error = self._as_error(raised)
-        if error is None:
-            return False
-        status = errors.to_status(error, self._interceptor.domain, telemetry.request_id())
-        trailing = [*self._ids(), (names.STATUS_DETAILS, status.SerializeToString())]
-        if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after is not None:
-            trailing.append((names.RETRY_PUSHBACK, str(int(error.retry_after * 1000))))
-        self._finish(error.code, error.reason)
-        await self._context.abort(error.code, status.message, tuple(trailing))
-        return False
-
-    def _as_error(self, raised: BaseException) -> ServiceError | None:
-        """Returns what to answer; None where the answer is given or nobody waits for one."""
+    def _ending(self, raised: BaseException) -> ServiceError | grpc.StatusCode:
+        """Returns what to answer, or the code where that is done or nobody waits for it."""
         if isinstance(raised, grpc.aio.AbortError):
-            self._finish(_as_code(self._context.code()))
-            return None
+            return _as_code(self._context.code())
         if isinstance(raised, GeneratorExit | KeyboardInterrupt | SystemExit):
-            self._finish(grpc.StatusCode.CANCELLED)
-            return None
+            return grpc.StatusCode.CANCELLED
         if self._interruption is not None:
-            if self._task is not None:
-                self._task.uncancel()
+            self._task.uncancel()
             return self._interruption
-        if self._ended_by_client(raised):
+        # Writing to a client that is gone fails with gRPC's InternalError. A CancelledError without
+        # a cancel of this task came from something that the handler awaited: a bug, to be answered.
+        cancelled = isinstance(raised, asyncio.CancelledError) and self._task.cancelling() > 0
+        if cancelled or isinstance(raised, grpc.aio.InternalError):
             remaining = self._context.time_remaining()
             late = remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-            self._finish(code)
-            return None
+            return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
         if isinstance(raised, ServiceError):
             return raised
         log.error("unexpected", method=self.method, exc_info=raised)
         self._span.record_exception(raised)
         return errors.internal()
 
-    def _ended_by_client(self, raised: BaseException) -> bool:
-        # Writing to a client that is gone fails with gRPC's InternalError. A CancelledError without
-        # a cancel of this task came from something that the handler awaited: a bug, to be answered.
-        cancelled = self._task is not None and self._task.cancelling() > 0
-        return isinstance(raised, grpc.aio.InternalError) or (
-            cancelled and isinstance(raised, asyncio.CancelledError)
-        )
+    async def _abort(self, error: ServiceError) -> None:
+        status = errors.to_status(error, self._interceptor.domain, telemetry.request_id())
+        trailing = [*self._ids(), (names.STATUS_DETAILS, status.SerializeToString())]
+        if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after is not None:
+            trailing.append((names.RETRY_PUSHBACK, str(int(error.retry_after * 1000))))
+        self._finish(error.code, error.reason)
+        await self._context.abort(error.code, status.message, tuple(trailing))
 
-    def _ids(self) -> tuple[tuple[str, str], ...]:
+    def _ids(self) -> list[tuple[str, str | bytes]]:
+        ids: list[tuple[str, str | bytes]] = [(names.REQUEST_ID, telemetry.request_id())]
         context = self._span.get_span_context()
-        ids: tuple[tuple[str, str], ...] = ((names.REQUEST_ID, telemetry.request_id()),)
         if context.is_valid:
-            ids += ((names.TRACE_ID, trace.format_trace_id(context.trace_id)),)
+            ids.append((names.TRACE_ID, trace.format_trace_id(context.trace_id)))
         return ids
 
     def _finish(self, code: grpc.StatusCode, reason: str = "") -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._interceptor.running.discard(self)
-        end_server_span(self._span, code, reason)
-        log.info(
-            "rpc",
-            method=self.method,
-            code=code.name,
-            duration_seconds=round(time.perf_counter() - self._started, 6),
-            **({"reason": reason} if reason else {}),
-        )
+        told = {"reason": reason} if reason else {}
+        if reason:
+            self._span.set_attribute("nanoinfer.error.reason", reason)
+        end_span(self._span, code, is_error=code in SERVER_FAULTS)
+        seconds = round(time.perf_counter() - self._started, 6)
+        log.info("rpc", method=self.method, code=code.name, duration_seconds=seconds, **told)
 
 
 def _as_code(code: object) -> grpc.StatusCode:

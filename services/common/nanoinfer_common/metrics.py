@@ -5,8 +5,7 @@ a step. Text 0.0.4 is the default form and keeps colons in names; OpenMetrics is
 """
 
 from collections.abc import Container
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -26,7 +25,6 @@ REQUEST_BUCKETS: Final = (
 RPC_BUCKETS: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
 )
-OTHER_LABEL: Final = "other"
 
 
 def token_buckets(max_tokens: int) -> tuple[float, ...]:
@@ -37,11 +35,11 @@ def token_buckets(max_tokens: int) -> tuple[float, ...]:
 
 def bounded_label(value: str, known: Container[str]) -> str:
     """Returns `value` where it is known, else `other`: clients must not create series."""
-    return value if value in known else OTHER_LABEL
+    return value if value in known else "other"
 
 
 class MetricsServer:
-    """Serves a registry over HTTP from a daemon thread until `stop`. OSError: the port is taken."""
+    """Serves a registry over HTTP from a thread until `close`. OSError: the port is taken."""
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         self._server, self._thread = start_http_server(port, addr=host, registry=registry)
@@ -51,19 +49,8 @@ class MetricsServer:
         """The port that is listened on, also where 0 was asked for."""
         return self._server.server_port
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Closes the port and ends the thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()

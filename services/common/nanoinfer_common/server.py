@@ -241,7 +241,7 @@ class _Server:
         await self._grpc.stop(0)
         await self.service.stop()
         if self._metrics is not None:
-            await asyncio.to_thread(self._metrics.stop)
+            await asyncio.to_thread(self._metrics.close)
 
     def _open_metrics(self) -> None:
         port, host = self._settings.metrics_port, self._settings.host

@@ -24,7 +24,6 @@ SERVER_FAULTS: Final = frozenset(
         grpc.StatusCode.DATA_LOSS,
     }
 )
-_PROPAGATOR: Final = TraceContextTextMapPropagator()
 
 
 def is_watch(method: str) -> bool:
@@ -45,9 +44,16 @@ def incoming_trace(metadata: Iterable[tuple[str, Any]]) -> trace.SpanContext | N
     if len(parents) != 1 or sum(len(state) for state in states) > MAX_TRACESTATE_CHARS:
         return None
     carrier = {"traceparent": parents[0], "tracestate": ",".join(states)}
-    context = _PROPAGATOR.extract(carrier, otel_context.Context())
+    context = TraceContextTextMapPropagator().extract(carrier, otel_context.Context())
     span_context = trace.get_current_span(context).get_span_context()
     return span_context if span_context.is_valid else None
+
+
+def rpc_attributes(method: str, host: str, port: int) -> dict[str, str | int]:
+    """Returns the attributes of an RPC's span, on either side; a port of 0 is not known."""
+    attributes: dict[str, str | int] = {"rpc.system.name": "grpc", "rpc.method": method}
+    attributes["server.address"] = host
+    return attributes | ({"server.port": port} if port else {})
 
 
 def start_server_span(
@@ -64,27 +70,8 @@ def start_server_span(
         parent = trace.set_span_in_context(trace.NonRecordingSpan(incoming), parent)
     elif incoming is not None:
         links = [trace.Link(incoming)]
-    attributes: dict[str, str | int] = {
-        "rpc.system.name": "grpc",
-        "rpc.method": method,
-        "server.address": settings.host,
-        **_peer(peer),
-    }
-    if settings.port:
-        attributes["server.port"] = settings.port
+    attributes = rpc_attributes(method, settings.host, settings.port) | _peer(peer)
     return telemetry.tracer().start_span(method, parent, trace.SpanKind.SERVER, attributes, links)
-
-
-def end_server_span(span: trace.Span, code: grpc.StatusCode, reason: str = "") -> None:
-    """Ends a server span; its status is ERROR only where the server is at fault."""
-    if reason:
-        span.set_attribute("nanoinfer.error.reason", reason)
-    _end(span, code, code in SERVER_FAULTS)
-
-
-def end_client_span(span: trace.Span, code: grpc.StatusCode) -> None:
-    """Ends a client span; its status is ERROR for everything but OK."""
-    _end(span, code, code is not grpc.StatusCode.OK)
 
 
 def record_unknown_method(method: str) -> None:
@@ -97,14 +84,15 @@ def record_unknown_method(method: str) -> None:
     span = telemetry.tracer().start_span(
         "_OTHER", otel_context.Context(), trace.SpanKind.SERVER, attributes
     )
-    end_server_span(span, grpc.StatusCode.UNIMPLEMENTED)
+    end_span(span, grpc.StatusCode.UNIMPLEMENTED, is_error=True)
 
 
-def _end(span: trace.Span, code: grpc.StatusCode, at_fault: bool) -> None:
+def end_span(span: trace.Span, code: grpc.StatusCode, *, is_error: bool) -> None:
+    """Ends an RPC's span with the code; its status is ERROR, or else unset."""
     span.set_attribute("rpc.response.status_code", code.name)
     if code is not grpc.StatusCode.OK:
         span.set_attribute("error.type", code.name)
-    if at_fault:
+    if is_error:
         span.set_status(trace.StatusCode.ERROR)
     span.end()
 

@@ -6,7 +6,8 @@ server stops, because a process that drains or is overloaded must not be killed 
 
 import asyncio
 import time
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
 import structlog
 from grpc_health.v1.health_pb2 import HealthCheckResponse
@@ -17,13 +18,6 @@ from nanoinfer_common.errors import StartError
 from nanoinfer_common.telemetry import product_version
 
 log = structlog.get_logger(__name__)
-
-
-class HealthNames(Protocol):
-    """The part of grpc.health.v1's aio servicer that is needed here."""
-
-    async def set(self, service: str, status: HealthCheckResponse.ServingStatus) -> None:
-        """Sets one name's status and tells its watchers."""
 
 
 class ServiceStatus:
@@ -39,7 +33,7 @@ class ServiceStatus:
         self._leaving = False
         self._service = ""
         self._full_name = ""
-        self._health: HealthNames | None = None
+        self._health: Any = None  # the aio servicer of grpc.health.v1, which has no types
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listening_since = time.monotonic_ns()
         self._publishing: set[asyncio.Task[None]] = set()
@@ -86,10 +80,9 @@ class ServiceStatus:
             log.error("fatal", exc_info=error)
         self._change(pb.SERVER_STATE_STALLED)
         self.failure = error
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.failed.set)
+        self._call_soon(self.failed.set)
 
-    async def bind(self, service: str, full_name: str, health: HealthNames) -> None:
+    async def bind(self, service: str, full_name: str, health: Any) -> None:
         """Names the service and publishes its state from now on; called by the server."""
         self._service, self._full_name, self._health = service, full_name, health
         self._loop = asyncio.get_running_loop()
@@ -104,8 +97,6 @@ class ServiceStatus:
 
     async def publish(self) -> None:
         """Brings the health names up to the present state."""
-        if self._health is None:
-            return
         serving = self._state == pb.SERVER_STATE_SERVING and not self._leaving
         value = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         for name in ("", self._full_name, names.READINESS):
@@ -116,8 +107,11 @@ class ServiceStatus:
             return
         self._state = state
         log.info("state", state=pb.ServerState.Name(state))
+        self._call_soon(self._start_publishing)
+
+    def _call_soon(self, callback: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._start_publishing)
+            self._loop.call_soon_threadsafe(callback)
 
     def _start_publishing(self) -> None:
         task = asyncio.ensure_future(self.publish())

@@ -20,8 +20,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.util.types import AttributeValue
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import Counter
 
 from nanoinfer_common.errors import StartError
 
@@ -45,48 +44,24 @@ class SpanEvent(NamedTuple):
     attributes: Mapping[str, AttributeValue] = {}
 
 
-class DroppedSpans(Collector):
-    """Counts spans that were never delivered, as `nanoinfer_trace_spans_dropped_total`."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-
-    @property
-    def count(self) -> int:
-        """Number of spans dropped since the process started."""
-        return self._count
-
-    def add(self, num_spans: int) -> None:
-        """Counts more of them; callable from any thread."""
-        with self._lock:
-            self._count += num_spans
-
-    def collect(self) -> Iterable[CounterMetricFamily]:
-        """Gives the metric its present value."""
-        family = CounterMetricFamily(
-            "nanoinfer_trace_spans_dropped",
-            "Spans lost: the queue was full or the export failed.",
-        )
-        family.add_metric([], self._count)
-        yield family
-
-
-# One per process, like the tracer provider whose losses it counts.
-DROPPED_SPANS: Final = DroppedSpans()
+# One per process, like the tracer provider whose losses it counts; each server registers it.
+DROPPED_SPANS: Final = Counter(
+    "nanoinfer_trace_spans_dropped",
+    "Spans lost: the queue was full or the export failed.",
+    registry=None,
+)
 
 
 class BoundedSpanProcessor(BatchSpanProcessor):
     """Exports in batches from a thread of its own and drops what exceeds `max_queued` spans."""
 
     def __init__(
-        self, exporter: SpanExporter, dropped: DroppedSpans, max_queued: int = MAX_QUEUED_SPANS
+        self, exporter: SpanExporter, dropped: Counter, max_queued: int = MAX_QUEUED_SPANS
     ) -> None:
         self._dropped = dropped
-        self._counted = _CountingExporter(exporter, dropped)
-        self._max_queued = max_queued
+        self._places = threading.Semaphore(max_queued)
         super().__init__(
-            self._counted,
+            _CountingExporter(exporter, dropped, self._places),
             # Never reached, because `on_end` stops before it; so every drop is counted here.
             max_queue_size=2 * max_queued,
             max_export_batch_size=min(512, max_queued),
@@ -97,10 +72,32 @@ class BoundedSpanProcessor(BatchSpanProcessor):
         """Queues a finished span, or drops it. Never blocks."""
         if span.context is None or not span.context.trace_flags.sampled:
             return
-        if self._counted.queue_one(self._max_queued):
+        if self._places.acquire(blocking=False):
             super().on_end(span)
         else:
-            self._dropped.add(1)
+            self._dropped.inc()
+
+
+class _CountingExporter(SpanExporter):
+    def __init__(
+        self, exporter: SpanExporter, dropped: Counter, places: threading.Semaphore
+    ) -> None:
+        self._exporter = exporter
+        self._dropped = dropped
+        self._places = places
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._places.release(len(spans))
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:
+            if result is not SpanExportResult.SUCCESS:
+                self._dropped.inc(len(spans))
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
 
 
 def _export_interval() -> float:
@@ -110,36 +107,6 @@ def _export_interval() -> float:
         return float(text or EXPORT_INTERVAL_MILLISECONDS)
     except ValueError as error:
         raise StartError(f"OTEL_BSP_SCHEDULE_DELAY: {text!r} is no number") from error
-
-
-class _CountingExporter(SpanExporter):
-    def __init__(self, exporter: SpanExporter, dropped: DroppedSpans) -> None:
-        self._exporter = exporter
-        self._dropped = dropped
-        self._lock = threading.Lock()
-        self._num_queued = 0
-
-    def queue_one(self, limit: int) -> bool:
-        with self._lock:
-            if self._num_queued >= limit:
-                return False
-            self._num_queued += 1
-            return True
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        with self._lock:
-            self._num_queued -= len(spans)
-        delivered = False
-        try:
-            result = self._exporter.export(spans)
-            delivered = result is SpanExportResult.SUCCESS
-            return result
-        finally:
-            if not delivered:
-                self._dropped.add(len(spans))
-
-    def shutdown(self) -> None:
-        self._exporter.shutdown()
 
 
 def configure_tracing(service_name: str) -> Callable[[], None]:
@@ -208,11 +175,9 @@ def record_span(
     span.end(end)
 
 
-def set_attributes(
-    attributes: Mapping[str, AttributeValue] | None = None, /, **more: AttributeValue
-) -> None:
+def set_attributes(attributes: Mapping[str, AttributeValue]) -> None:
     """Sets attributes on the server span of the running RPC, whatever span is current."""
-    _server_span.get().set_attributes({**(attributes or {}), **more})
+    _server_span.get().set_attributes(dict(attributes))
 
 
 def server_span() -> trace.Span:

@@ -16,22 +16,9 @@ import grpc
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer.v1 import tokenizer_pb2
 
-from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common import errors, field_checks, names, telemetry
 from nanoinfer_common.errors import ServiceError, Violation
-from nanoinfer_common.field_checks import (
-    MAX_REPORTED,
-    MAX_REQUEST_ID_CHARS,
-    Limits,
-    check_envelope,
-    check_ids,
-    check_response,
-    check_sampling,
-    check_stop,
-    check_stopping,
-    check_structured_output,
-    features_asked,
-    is_label,
-)
+from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, Limits
 
 __all__ = [
     "Limits",
@@ -42,10 +29,19 @@ __all__ = [
     "validate_request",
 ]
 
-MAX_TENANT_CHARS: Final = 64
 MAX_MESSAGES: Final = 10_000
 MAX_ROLE_BYTES: Final = 64
-MAX_PRIORITY: Final = 100
+# More than this many bad messages are not told one by one.
+MAX_REPORTED: Final = 8
+# What a value must match, and how that is told.
+_METADATA: Final = {
+    names.REQUEST_ID: (
+        f"[!-~]{{1,{MAX_REQUEST_ID_CHARS}}}",
+        f"must be 1 to {MAX_REQUEST_ID_CHARS} visible ASCII characters",
+    ),
+    names.PRIORITY: ("[+-]?(0?[0-9]{1,2}|100)", "must be an integer from -100 to 100"),
+    names.TENANT: ("[!-~]{1,64}", "must be 1 to 64 visible ASCII characters"),
+}
 
 _REASONS: Final = {
     "sampling": names.INVALID_SAMPLING_PARAMS,
@@ -90,23 +86,31 @@ def validate_request(
     structured_output = structured_output or pb.StructuredOutput()
     _raise_any(
         [
-            *check_sampling(sampling, limits),
-            *check_stopping(stopping, limits),
-            *check_stop(stop),
-            *check_response(response, limits),
-            *check_structured_output(structured_output),
-            *check_envelope(request_id, cache_salt, truncate_prompt_tokens, limits),
+            *field_checks.check_fields("sampling", sampling, limits),
+            *field_checks.check_fields("stopping", stopping, limits),
+            *field_checks.check_min_tokens(stopping, limits),
+            *field_checks.check_stop(stop),
+            *field_checks.check_fields("response", response, limits),
+            *field_checks.check_structured_output(structured_output),
+            *field_checks.check_envelope(request_id, cache_salt, truncate_prompt_tokens, limits),
         ]
     )
     if limits.features is None:
         return
-    asked = features_asked(sampling, response, structured_output, truncate_prompt_tokens)
+    asked = [
+        *field_checks.features_asked("sampling", sampling),
+        *field_checks.features_asked("response", response),
+    ]
+    if structured_output.WhichOneof("constraint"):
+        asked.append(("structured_output", pb.FEATURE_STRUCTURED_OUTPUT))
+    if truncate_prompt_tokens is not None:
+        asked.append(("truncate_prompt_tokens", pb.FEATURE_TRUNCATE_PROMPT))
     lacking = [(field, feature) for field, feature in asked if feature not in limits.features]
     if lacking:
         fields = ", ".join(field for field, _ in lacking)
-        feature = pb.Feature.Name(lacking[0][1])
+        field, feature = lacking[0]
         message = f"not available on this server: {fields}"
-        raise errors.unimplemented(message, feature, lacking[0][0])
+        raise errors.unimplemented(message, pb.Feature.Name(feature), field)
 
 
 def validate_prompt_ids(ids: Sequence[int], limits: Limits) -> None:
@@ -124,7 +128,7 @@ def validate_prompt_ids(ids: Sequence[int], limits: Limits) -> None:
             f"the prompt has {len(ids)} tokens; the model takes {longest - 1}",
             metadata={"promptTokens": str(len(ids)), "maxModelLen": str(longest)},
         )
-    _raise_any(check_ids("prompt", ids, limits))
+    _raise_any(field_checks.check_ids("prompt", ids, limits))
 
 
 def validate_messages(messages: Sequence[tokenizer_pb2.ChatMessage]) -> None:
@@ -156,39 +160,23 @@ def read_metadata(
     The id is the request's own field, or else `x-request-id`, or else the running RPC's, or a UUID.
     Raises INVALID_ARGUMENT (INVALID_METADATA) for a value out of range or given twice.
     """
-    given: dict[str, list[Any]] = {}
+    values: dict[str, list[str]] = {key: [] for key in _METADATA}
     for key, value in invocation_metadata or ():
-        given.setdefault(key, []).append(value)
-    violations = [
-        Violation(key, "must be given once")
-        for key in (names.REQUEST_ID, names.PRIORITY, names.TENANT)
-        if len(given.get(key, ())) > 1
-    ]
-    label = given.get(names.REQUEST_ID, [None])[0]
-    if label is not None and not is_label(label, MAX_REQUEST_ID_CHARS):
-        violations.append(Violation(names.REQUEST_ID, _label_rule(MAX_REQUEST_ID_CHARS)))
-    tenant = given.get(names.TENANT, [None])[0]
-    if tenant is not None and not is_label(tenant, MAX_TENANT_CHARS):
-        violations.append(Violation(names.TENANT, _label_rule(MAX_TENANT_CHARS)))
-    priority = _as_priority(given.get(names.PRIORITY, ["0"])[0])
-    if priority is None:
-        rule = f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
-        violations.append(Violation(names.PRIORITY, rule))
-    if violations or priority is None:
+        if key in values:
+            values[key].append(value)
+    violations = []
+    for key, given in values.items():
+        pattern, rule = _METADATA[key]
+        if len(given) > 1:
+            violations.append(Violation(key, "must be given once"))
+        elif given and not re.fullmatch(pattern, given[0]):
+            violations.append(Violation(key, rule))
+    if violations:
         raise _invalid(names.INVALID_METADATA, violations)
+    label, priority, tenant = (given[0] if given else None for given in values.values())
     chosen = request_id or label or telemetry.request_id() or str(uuid.uuid4())
     telemetry.set_request_id(chosen)
-    return RequestMetadata(chosen, priority, tenant)
-
-
-def _as_priority(text: object) -> int | None:
-    if not isinstance(text, str) or not re.fullmatch(r"[+-]?[0-9]{1,3}", text):
-        return None
-    return int(text) if abs(int(text)) <= MAX_PRIORITY else None
-
-
-def _label_rule(max_chars: int) -> str:
-    return f"must be 1 to {max_chars} visible ASCII characters"
+    return RequestMetadata(chosen, int(priority or 0), tenant)
 
 
 def _raise_any(violations: Iterable[Violation]) -> None:

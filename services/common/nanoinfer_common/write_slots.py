@@ -21,7 +21,6 @@ class WriteSlots:
     def __init__(
         self, num_slots: int = NUM_SLOTS, max_hold_seconds: float = MAX_HOLD_SECONDS
     ) -> None:
-        """Start with all slots free."""
         self._free = asyncio.Semaphore(num_slots)
         self._max_hold_seconds = max_hold_seconds
 

@@ -51,7 +51,6 @@ class EngineSettings(ServiceSettings):
     max_queue_seconds: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
         description="Longest wait for a first step; `none` leaves it to the deadline.",
     )
     prefix_caching: bool = Field(
@@ -60,13 +59,11 @@ class EngineSettings(ServiceSettings):
     stall_seconds: float = Field(
         60.0,
         gt=0,
-        allow_inf_nan=False,
         description="Time without a finished step after which the engine reports NOT_SERVING.",
     )
     reader_stall_seconds: float = Field(
         30.0,
         gt=0,
-        allow_inf_nan=False,
         description="Time after which a client that does not read loses its stream.",
     )
     max_buffered_tokens: int = Field(
