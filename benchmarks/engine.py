@@ -32,10 +32,26 @@ from random_weights import SHAPES, RandomCheckpoint
 
 # tokens per second that the bytes of weights and cache, or the matrix units, allow on one H200
 LIMITS = {
-    "0.6b": {"a": 3540, "c8": 19600, "c32": 39500, "c64": 47500, "c128": 52800, "c256": 55000,
-             "b": 36700, "d": 650000},
-    "8b": {"a": 290, "c8": 2230, "c32": 7900, "c64": 13700, "c128": 21700, "c256": 26200,
-           "b": 13400, "d": 53600},
+    "0.6b": {
+        "a": 3540,
+        "c8": 19600,
+        "c32": 39500,
+        "c64": 47500,
+        "c128": 52800,
+        "c256": 55000,
+        "b": 36700,
+        "d": 650000,
+    },
+    "8b": {
+        "a": 290,
+        "c8": 2230,
+        "c32": 7900,
+        "c64": 13700,
+        "c128": 21700,
+        "c256": 26200,
+        "b": 13400,
+        "d": 53600,
+    },
 }
 GREEDY = SamplingOptions(0.0, 0, 1.0, 0.0, 0)
 
@@ -74,7 +90,9 @@ class Bench:
             prompt = tuple(source.randrange(self.vocab_size) for _ in range(num_prompt))
             stopping = StoppingOptions(num_output, 0, frozenset(), frozenset(), False)
             scheduler.add(
-                Request(str(index), 0, prompt, sampling, stopping, RequestTimes(time.monotonic_ns()))
+                Request(
+                    str(index), 0, prompt, sampling, stopping, RequestTimes(time.monotonic_ns())
+                )
             )
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -102,8 +120,10 @@ class Bench:
             lengths = [(source.randint(100, 1024), source.randint(100, 1024)) for _ in range(256)]
             sampling = SamplingOptions(0.6, 0, 1.0, 0.0, 0)
             run = self.run(lengths, sampling, 1)
-            details = {"host_ms_per_step": 1e3 * run.host_seconds / run.num_steps,
-                       "steps": run.num_steps}
+            details = {
+                "host_ms_per_step": 1e3 * run.host_seconds / run.num_steps,
+                "steps": run.num_steps,
+            }
             return 256, run.num_tokens / run.seconds, details
         if name == "d":
             run = self.run([(2048, 1)] * 32, GREEDY, 1)
@@ -112,8 +132,10 @@ class Bench:
         first = self.run([(num_prompt, 1)] * batch, GREEDY, 1)
         whole = self.run([(num_prompt, num_output)] * batch, GREEDY, 1)
         seconds = whole.seconds - first.seconds
-        details = {"ms_per_step": 1e3 * seconds / (num_output - 1),
-                   "host_ms_per_step": 1e3 * whole.host_seconds / whole.num_steps}
+        details = {
+            "ms_per_step": 1e3 * seconds / (num_output - 1),
+            "host_ms_per_step": 1e3 * whole.host_seconds / whole.num_steps,
+        }
         return batch, batch * (num_output - 1) / seconds, details
 
 
@@ -122,8 +144,11 @@ def commit() -> str:
     here = Path(__file__).parent
     try:
         described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=10", "--dirty=+"],  # noqa: S607
-            cwd=here, capture_output=True, text=True, check=True,
+            ["git", "describe", "--always", "--abbrev=10", "--dirty=+"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -132,18 +157,25 @@ def commit() -> str:
 
 def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """One line of results."""
-    bench.scenario(name)  # shapes that only this scenario has are compiled here
+    bench.scenario(name)  # shapes that only this scenario has are planned here
     runs = [bench.scenario(name) for _ in range(arguments.repeats)]
     batch, tok_s, details = sorted(runs, key=lambda run: run[1])[len(runs) // 2]
     limit = LIMITS[arguments.shape][name]
     return {
-        "scenario": name[0], "shape": arguments.shape, "batch": batch, "tok_s": round(tok_s, 1),
+        "scenario": name[0],
+        "shape": arguments.shape,
+        "batch": batch,
+        "tok_s": round(tok_s, 1),
         "fraction_of_limit": round(tok_s / limit, 3),
         "spread": round(statistics.pstdev(run[1] for run in runs) / tok_s, 4),
-        "repeats": arguments.repeats, "dtype": arguments.dtype,
+        "repeats": arguments.repeats,
+        "dtype": arguments.dtype,
+        "max_batch_tokens": bench.config.max_batch_tokens,
         **{key: round(value, 4) for key, value in details.items()},
-        "commit": arguments.commit or commit(), "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
+        "commit": arguments.commit or commit(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -154,7 +186,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scenarios", nargs="+", default=list(LIMITS["8b"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the tree is no git checkout")
     return parser.parse_args(argv)
@@ -164,13 +196,22 @@ def main(argv: Sequence[str]) -> int:
     """Measure and print; the exit code."""
     arguments = parse(argv)
     config = EngineConfig(
-        model_path=Path("random"), device="cuda", dtype=arguments.dtype, kv_cache_bytes=None,
-        max_model_len=8192, max_batch_tokens=arguments.max_batch_tokens, max_batch_requests=256,
+        model_path=Path("random"),
+        device="cuda",
+        dtype=arguments.dtype,
+        kv_cache_bytes=None,
+        max_model_len=8192,
+        max_batch_tokens=arguments.max_batch_tokens,
+        max_batch_requests=256,
+        prefix_caching=False,
     )
     dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16
     bench = Bench(arguments.shape, config, dtype)
-    print(f"# load {bench.load_seconds:.1f} s, warm-up {bench.warm_up_seconds:.1f} s,"
-          f" {bench.capacity.kv_tokens} tokens of KV cache", flush=True)
+    print(
+        f"# start-up {bench.load_seconds + bench.warm_up_seconds:.1f} s, of it loading"
+        f" {bench.load_seconds:.1f} s; {bench.capacity.kv_tokens} tokens of KV cache",
+        flush=True,
+    )
     for name in arguments.scenarios:
         line = json.dumps(measure(bench, name, arguments))
         print(line, flush=True)

@@ -54,13 +54,29 @@ def _decoder(model_type: str, **sizes: int | bool | float) -> ModelConfig:
 
 SHAPES = {
     "0.6b": _decoder(
-        "qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_layers=28,
-        num_heads=16, num_kv_heads=8, head_dim=128, tie_word_embeddings=True, qk_norm=True,
+        "qwen3",
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        qk_norm=True,
         theta=1e6,
     ),
     "8b": _decoder(
-        "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
-        num_heads=32, num_kv_heads=8, head_dim=128, tie_word_embeddings=False, qk_norm=False,
+        "llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+        qk_norm=False,
         theta=5e5,
     ),
 }

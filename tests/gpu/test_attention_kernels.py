@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-attention = pytest.importorskip("nanoinfer_engine.kernels.attention")
+decode = pytest.importorskip("nanoinfer_engine.kernels.decode")
+heads = pytest.importorskip("nanoinfer_engine.kernels.heads")
 
 pytestmark = pytest.mark.gpu
 
@@ -32,8 +33,9 @@ def rotary_table(positions: int, dim: int, device: torch.device, dtype: torch.dt
     return table.unsqueeze(2).to(dtype)
 
 
-def transformed(heads: Tensor, gain: Tensor | None, rotary: Tensor | None, positions: Tensor,
-                eps: float) -> Tensor:
+def transformed(
+    heads: Tensor, gain: Tensor | None, rotary: Tensor | None, positions: Tensor, eps: float
+) -> Tensor:
     x = heads.float()
     if gain is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain.float()
@@ -46,16 +48,23 @@ def transformed(heads: Tensor, gain: Tensor | None, rotary: Tensor | None, posit
 class Case:
     """Random rows over shuffled blocks of a cache that is NaN wherever nothing was written."""
 
-    def __init__(self, shape: tuple[int, int, int, int], contexts: list[int],
-                 dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        contexts: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.heads, self.kv_heads, self.dim, size = shape
         generator = torch.Generator().manual_seed(sum(contexts) + self.dim)
         self.contexts = torch.tensor(contexts, dtype=torch.int32, device=device)
         width = -(-max(contexts) // size)
         blocks = torch.randperm(len(contexts) * width, generator=generator)
         self.tables = blocks.view(len(contexts), width).to(device, torch.int32)
+
         def normal(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator).to(device, dtype)
+
         total = self.heads + 2 * self.kv_heads
         self.qkv = normal(len(contexts), total, self.dim)
         cache_shape = (len(contexts) * width, size, self.kv_heads, self.dim)
@@ -95,33 +104,53 @@ class Case:
         return torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
 
 
-FEW = attention.AttentionShape(64, 4, 3, True, 1024)
-MANY = attention.AttentionShape(32, 4, 5, False, 256)
+FEW = decode.AttentionShape(64, 4, 3, True, 1024)
+MANY = decode.AttentionShape(32, 4, 5, False, 256)
 
 
-def run(case: Case, norm: bool, rotate: bool, window: int | None,
-        shape: attention.AttentionShape = FEW, pdl: bool = False) -> Tensor:
+def run(
+    case: Case,
+    norm: bool,
+    rotate: bool,
+    window: int | None,
+    shape: decode.AttentionShape = FEW,
+    pdl: bool = False,
+) -> Tensor:
     device = case.qkv.device
-    transform = attention.HeadTransform(
+    transform = heads.HeadTransform(
         case.rotary if rotate else None,
         case.gains[0] if norm else None,
         case.gains[1] if norm else None,
         1e-6,
     )
     rows = len(case.contexts)
-    workspace = attention.DecodeWorkspace(rows, case.heads, case.kv_heads, case.dim, device)
+    workspace = decode.DecodeWorkspace(rows, case.heads, case.kv_heads, case.dim, device)
     output = torch.full((rows, case.heads, case.dim), float("nan")).to(device, case.qkv.dtype)
     for _ in range(2):  # the second run finds what the first left in the workspace
-        attention.decode_attention(case.parts, tuple(case.cache), case.tables, case.contexts,
-                                   transform, window, workspace, output, shape, pdl=pdl)
+        decode.decode_attention(
+            case.parts,
+            tuple(case.cache),
+            case.tables,
+            case.contexts,
+            transform,
+            window,
+            workspace,
+            output,
+            shape,
+            pdl=pdl,
+        )
     return output
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [FEW, MANY])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decode_attention(shape: tuple[int, int, int, int], kernel: attention.AttentionShape,
-                          dtype: torch.dtype, device: torch.device) -> None:
+def test_decode_attention(
+    shape: tuple[int, int, int, int],
+    kernel: decode.AttentionShape,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies no bfloat16 matrices")
     contexts = [1, 2, 17, 64, 65, 66, 300] if device.type == "cuda" else [1, 17, 66, 140]
@@ -157,8 +186,9 @@ def test_new_keys_and_values_are_written_and_padding_writes_nothing(device: torc
     output = run(case, norm=True, rotate=True, window=None)
     assert torch.isnan(output[1]).all()
     block, offset = int(case.tables[0, 2]), 3
-    key = transformed(case.parts[1][:1], case.gains[1], case.rotary,
-                      torch.tensor([19], device=device), 1e-6)[0]
+    key = transformed(
+        case.parts[1][:1], case.gains[1], case.rotary, torch.tensor([19], device=device), 1e-6
+    )[0]
     assert relative_error(case.cache[0][block, offset], key) < 2e-3
     assert torch.equal(case.cache[1][block, offset], case.parts[2][0])
     for cached, old in zip(case.cache, before, strict=True):
@@ -171,12 +201,12 @@ def test_rotate_and_write(shape: tuple[int, int, int, int], device: torch.device
     case = Case(shape, [5, 6, 7], torch.float16, device)
     positions = torch.tensor([4, 0, 6], device=device)
     slots = torch.tensor([3, 0, 9], device=device)
-    transform = attention.HeadTransform(case.rotary, *case.gains, 1e-6)
-    query, key = attention.rotate_and_write(
-        case.parts, tuple(case.cache), slots, positions, transform
-    )
-    expected = [transformed(part, gain, case.rotary, positions, 1e-6)
-                for part, gain in zip(case.parts, case.gains, strict=False)]
+    transform = heads.HeadTransform(case.rotary, *case.gains, 1e-6)
+    query, key = heads.rotate_and_write(case.parts, tuple(case.cache), slots, positions, transform)
+    expected = [
+        transformed(part, gain, case.rotary, positions, 1e-6)
+        for part, gain in zip(case.parts, case.gains, strict=False)
+    ]
     assert relative_error(query, expected[0]) < 2e-3
     assert relative_error(key, expected[1]) < 2e-3
     flat = [cached.view(-1, case.kv_heads, case.dim) for cached in case.cache]

@@ -66,8 +66,9 @@ def test_embed(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [384, 1024, 3072])
 @pytest.mark.parametrize("block", [(1, 1024, 1), (2, 512, 2), (4, 256, 4)])
-def test_gemv(block: tuple[int, int, int], columns: int, dtype: torch.dtype,
-              device: torch.device) -> None:
+def test_gemv(
+    block: tuple[int, int, int], columns: int, dtype: torch.dtype, device: torch.device
+) -> None:
     shape = linear.GemvShape(*block)
     weight = normal(70, columns, device=device, dtype=dtype) * columns**-0.5
     x, gain = (normal(*s, device=device, dtype=dtype, seed=9) for s in ((1, columns), (columns,)))
@@ -92,8 +93,9 @@ def test_gemv(block: tuple[int, int, int], columns: int, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 8, 17, 33, 64])
 @pytest.mark.parametrize("tile", [(16, 256, 4, 2, 3), (64, 128, 1, 4, 3), (32, 256, 2, 4, 3)])
-def test_few_rows(tile: tuple[int, int, int, int, int], rows: int, dtype: torch.dtype,
-                  device: torch.device) -> None:
+def test_few_rows(
+    tile: tuple[int, int, int, int, int], rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
     if device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies no bfloat16 matrices")
     shape = linear.TileShape(*tile)

@@ -66,9 +66,7 @@ def generate(
     for index, prompt in enumerate(texts):
         stopping = StoppingOptions(num_tokens, 0, frozenset(), frozenset(), False)
         options = replace(sampling, seed=sampling.seed + index)
-        requests.append(
-            Request(str(index), 0, prompt, options, stopping, RequestTimes(arrived=0))
-        )
+        requests.append(Request(str(index), 0, prompt, options, stopping, RequestTimes(arrived=0)))
         scheduler.add(requests[-1])
     while scheduler.has_work or pipeline.is_busy:
         step = pipeline.advance(scheduler.schedule())
@@ -79,8 +77,9 @@ def generate(
     return [list(request.completion_token_ids) for request in requests]
 
 
-def assert_same(actual: list[list[int]], expected: list[list[int]],
-                texts: Sequence[tuple[int, ...]]) -> int:
+def assert_same(
+    actual: list[list[int]], expected: list[list[int]], texts: Sequence[tuple[int, ...]]
+) -> int:
     """Equal but where the two best logits are as good as tied; returns how many rows diverged."""
     reference = transformers_model()
     diverged = 0

@@ -42,9 +42,7 @@ def device_sampling(rows: list[BatchRow], device: torch.device) -> sampling.Devi
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [8192, 5003])
-def test_same_ids_as_on_the_host(
-    vocab_size: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_same_ids_as_on_the_host(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
     repeats = 40 if device.type == "cuda" else 2
     rows = [
         BatchRow((0,), position, (0,), True, options)

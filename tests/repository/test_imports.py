@@ -36,6 +36,7 @@ ALLOWED = {
     "services/engine/nanoinfer_engine": {
         "nanoinfer_engine",
         "torch",
+        "triton",
         "numpy",
         "safetensors",
         "psutil",

@@ -17,10 +17,11 @@ class EngineConfig:
 
     `kv_cache_bytes` is the memory budget from which the number of blocks follows; None, on a CUDA
     device alone, takes what a trial of the largest step leaves of `device_memory_share`, the share
-    of the device's memory that the engine may use. `block_size` is in tokens. `max_batch_tokens` and `max_batch_requests` bound one step, `max_waiting_requests`,
-    `max_waiting_tokens` (prompt tokens) and `max_waiting_bytes` the queue; `max_queue_seconds` how
-    long a request may wait to start, None for as long as its deadline. `prefix_caching` keeps full
-    blocks for later prompts. `max_model_len` None means what the model allows.
+    of the device's memory that the engine may use. `block_size` is in tokens. `max_batch_tokens`
+    and `max_batch_requests` bound one step, `max_waiting_requests`, `max_waiting_tokens` (prompt
+    tokens) and `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
+    start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
+    `max_model_len` None means what the model allows.
     """
 
     model_path: Path

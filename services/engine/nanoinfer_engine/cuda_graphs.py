@@ -37,7 +37,7 @@ class DecodeGraphs:
         """Capture `run(size)` for each size; it must only launch, on memory that stays."""
         pool = torch.cuda.graph_pool_handle()
         free_before = torch.cuda.mem_get_info()[0]
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # the largest first: the smaller ones then fit into its pool
         for size in sorted(sizes, reverse=True):
             if free_before - torch.cuda.mem_get_info()[0] > self._memory_budget:

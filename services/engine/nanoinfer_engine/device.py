@@ -1,4 +1,4 @@
-"""How a model comes to run on a CUDA device: whether kernels fit it, and how much cache fits beside.
+"""How a model comes to run on a CUDA device: whether kernels fit it, how much cache fits beside.
 
 The one door to everything that needs Triton; the runner opens it on a CUDA device alone.
 """
@@ -12,7 +12,7 @@ import torch
 from nanoinfer_engine.attention.paged import PagedAttention
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.device_steps import DeviceSteps
-from nanoinfer_engine.kernels.attention import DecodeWorkspace
+from nanoinfer_engine.kernels.decode import DecodeWorkspace
 from nanoinfer_engine.kv_cache import KVCache, bytes_per_block
 from nanoinfer_engine.models import LanguageModel
 from nanoinfer_engine.models.decoder import Decoder

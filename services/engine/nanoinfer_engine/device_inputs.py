@@ -158,12 +158,17 @@ class _Packer:
         on_host = torch.from_numpy(np.concatenate(padded))
         if device.type == "cuda":
             on_host = on_host.pin_memory()
-        parts = on_host.to(device, non_blocking=True).split([len(array) for array in padded])
-        return [part[: len(a)] for part, a in zip(parts, self._arrays, strict=True)]
+        on_device = on_host.to(device, non_blocking=True)
+        ends = np.cumsum([len(array) for array in padded]).tolist()
+        return [
+            on_device[end - len(wide) : end - len(wide) + len(array)]
+            for end, wide, array in zip(ends, padded, self._arrays, strict=True)
+        ]
 
 
-def mixed_inputs(rows: Sequence[BatchRow], places: Mapping[int, int], block_size: int,
-                 device: torch.device) -> MixedInputs:
+def mixed_inputs(
+    rows: Sequence[BatchRow], places: Mapping[int, int], block_size: int, device: torch.device
+) -> MixedInputs:
     """Lay out a step of any mix; `places` as in `sources`."""
     late = reads_new_blocks(rows, block_size)
     is_prompt = [row.num_tokens > 1 or index in late for index, row in enumerate(rows)]
@@ -187,13 +192,22 @@ def mixed_inputs(rows: Sequence[BatchRow], places: Mapping[int, int], block_size
     contexts = packer.add([row.context_length for row in decoding])
     prompt_arrays = [packer.add(each) for each in _prompt_arrays(prompts, block_size)]
     parts = packer.upload(device)
-    plan = PagedPlan(len(decoding), parts[tables].view(len(decoding), width), parts[contexts],
-                     _prompt_plan(prompts, [parts[i] for i in prompt_arrays]))
+    plan = PagedPlan(
+        len(decoding),
+        parts[tables].view(len(decoding), width),
+        parts[contexts],
+        _prompt_plan(prompts, [parts[i] for i in prompt_arrays]),
+    )
     top_k, floats = parts[options].view(5, -1)[0], parts[options].view(5, -1)[1:]
     temperature, top_p, min_p, uniform = floats.view(torch.float32)
     return MixedInputs(
-        tuple(order), parts[token_ids], parts[source], plan, tuple(order[i] for i in sampled),
-        parts[sampled_tokens], DeviceSampling(temperature, top_k, top_p, min_p, uniform),
+        tuple(order),
+        parts[token_ids],
+        parts[source],
+        plan,
+        tuple(order[i] for i in sampled),
+        parts[sampled_tokens],
+        DeviceSampling(temperature, top_k, top_p, min_p, uniform),
     )
 
 
@@ -214,8 +228,12 @@ def _prompt_arrays(prompts: Sequence[BatchRow], block_size: int) -> list[NDArray
         np.cumsum([0, *lengths])
         for lengths in ([r.num_tokens for r in prompts], [r.context_length for r in prompts])
     ]
-    return [np.concatenate(slots or empty), np.concatenate(positions or empty), *starts,
-            np.concatenate(context or empty)]
+    return [
+        np.concatenate(slots or empty),
+        np.concatenate(positions or empty),
+        *starts,
+        np.concatenate(context or empty),
+    ]
 
 
 def _prompt_plan(prompts: Sequence[BatchRow], parts: Sequence[Tensor]) -> PromptPlan | None:
@@ -223,8 +241,12 @@ def _prompt_plan(prompts: Sequence[BatchRow], parts: Sequence[Tensor]) -> Prompt
         return None
     lengths = {row.num_tokens for row in prompts}
     return PromptPlan(
-        slots=parts[0], positions=parts[1], query_starts=parts[2], key_starts=parts[3],
-        max_queries=max(lengths), max_keys=max(row.context_length for row in prompts),
+        slots=parts[0],
+        positions=parts[1],
+        query_starts=parts[2],
+        key_starts=parts[3],
+        max_queries=max(lengths),
+        max_keys=max(row.context_length for row in prompts),
         context_slots=parts[4] if len(parts[4]) else None,
         equal_length=lengths.pop() if len(lengths) == 1 else None,
     )

@@ -7,16 +7,18 @@ not come here (`BatchRow.is_plain`).
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import Tensor
 
 from nanoinfer_engine.batch import Batch, RowResult
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
 from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
+from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
 from nanoinfer_engine.models.fused import FusedDecoder, StepTokens
 from nanoinfer_engine.request import SampledToken
-from nanoinfer_engine.sampler import SamplingError
 
 _GRAPH_MEMORY = 4 << 30
 # beyond these rows the launches are long enough to hide one another
@@ -31,7 +33,7 @@ class DeviceStep:
         self._ids = ids
         self._num_rows = num_rows
         self.places = places
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
         self._results: list[RowResult] | None = None
 
@@ -55,8 +57,15 @@ def _result(token_id: int) -> RowResult:
 class DeviceSteps:
     """Launches steps of plain rows over one model and cache."""
 
-    def __init__(self, decoder: FusedDecoder, vocab_size: int, block_size: int, max_rows: int,
-                 max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        decoder: FusedDecoder,
+        vocab_size: int,
+        block_size: int,
+        max_rows: int,
+        max_blocks: int,
+        device: torch.device,
+    ) -> None:
         """`max_rows` rows in a step at most, each of `max_blocks` blocks."""
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
@@ -67,9 +76,12 @@ class DeviceSteps:
         self.timings: dict[str, float] = {}
 
     def prepare(self) -> None:
-        """Choose kernels for the matrix products, then capture the decode graphs."""
+        """Choose kernels, capture the decode graphs; what exists then is never collected."""
         self.timings = self._decoder.tune(self._max_rows, _PDL_ROWS)
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
+        # a full collection over all that torch has made stops the steps for tens of milliseconds
+        gc.collect()
+        gc.freeze()
 
     def launch(self, batch: Batch, places: dict[int, int]) -> DeviceStep:
         """Run `batch`; `places` are the previous step's, for rows that continue from it."""

@@ -216,8 +216,6 @@ class Engine:
         """Sleep until there is work; False when the thread shall end."""
         with self._condition:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
-                if self._pipeline.is_busy:
-                    break
                 self._condition.wait()
             return not self._stopping
 

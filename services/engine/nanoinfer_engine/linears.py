@@ -27,13 +27,25 @@ FEW_ROWS = (16, 32, 64)
 
 _TUNED_BYTES = 256 << 20
 _GEMV_SHAPES = (
-    GemvShape(1, 512, 1), GemvShape(1, 1024, 1), GemvShape(1, 1024, 2), GemvShape(2, 1024, 2),
-    GemvShape(2, 512, 2), GemvShape(4, 512, 4), GemvShape(1, 2048, 4), GemvShape(1, 4096, 4),
+    GemvShape(1, 512, 1),
+    GemvShape(1, 1024, 1),
+    GemvShape(1, 1024, 2),
+    GemvShape(2, 1024, 2),
+    GemvShape(2, 512, 2),
+    GemvShape(4, 512, 4),
+    GemvShape(1, 2048, 4),
+    GemvShape(1, 4096, 4),
 )
 _TILE_SHAPES = (
-    TileShape(16, 256, 1, 2, 4), TileShape(32, 128, 1, 4, 5), TileShape(32, 128, 2, 4, 5),
-    TileShape(32, 128, 4, 4, 4), TileShape(64, 128, 1, 4, 4), TileShape(64, 128, 2, 4, 4),
-    TileShape(64, 128, 4, 4, 3), TileShape(64, 64, 2, 4, 6), TileShape(128, 64, 1, 4, 4),
+    TileShape(16, 256, 1, 2, 4),
+    TileShape(32, 128, 1, 4, 5),
+    TileShape(32, 128, 2, 4, 5),
+    TileShape(32, 128, 4, 4, 4),
+    TileShape(64, 128, 1, 4, 4),
+    TileShape(64, 128, 2, 4, 4),
+    TileShape(64, 128, 4, 4, 3),
+    TileShape(64, 64, 2, 4, 6),
+    TileShape(128, 64, 1, 4, 4),
 )
 
 
@@ -110,7 +122,8 @@ def _candidates(rows: int, linear: Linear) -> list[Choice]:
     tiles: list[Choice] = [
         shape
         for shape in _TILE_SHAPES
-        if columns % (shape.block_k * shape.splits) == 0 and (shape.splits == 1 or linear.splittable)
+        if columns % (shape.block_k * shape.splits) == 0
+        and (shape.splits == 1 or linear.splittable)
     ]
     return [None, *tiles]
 
@@ -124,8 +137,17 @@ def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> fl
     def run() -> None:
         for linear in linears:
             if isinstance(choice, GemvShape):
-                gemv(x, linear.weight, output, choice, bias=linear.bias, gain=linear.gain,
-                     gated=linear.gated, residual=linear.splittable, pdl=pdl)
+                gemv(
+                    x,
+                    linear.weight,
+                    output,
+                    choice,
+                    bias=linear.bias,
+                    gain=linear.gain,
+                    gated=linear.gated,
+                    residual=linear.splittable,
+                    pdl=pdl,
+                )
             else:
                 apply_linear(x, linear, choice, pdl)
 

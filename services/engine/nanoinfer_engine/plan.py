@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nanoinfer_engine.request import Request
@@ -25,6 +27,31 @@ class Plan:
     def revoke(self, request: Request) -> None:
         """Take back what the request was granted, if anything."""
         self.budget += self.grants.pop(request, 0)
+
+
+class StepsInFlight:
+    """Who is behind the rows of each step that has begun and not ended, the oldest step first."""
+
+    def __init__(self) -> None:
+        """None has begun."""
+        self._steps: deque[dict[Request, int]] = deque()  # with the preemptions of each until then
+
+    def begin(self, requests: Iterable[Request]) -> None:
+        """A step has begun; `requests` in the order of its rows."""
+        self._steps.append({request: request.num_preemptions for request in requests})
+
+    def last_rows(self) -> dict[Request, int]:
+        """The row of each request in the step that began last, where that has not ended."""
+        last = self._steps[-1] if self._steps else {}
+        return {request: row for row, request in enumerate(last)}
+
+    def end(self) -> list[tuple[Request, bool]]:
+        """The oldest step has ended; its requests, and whether each was preempted since."""
+        return [(r, r.num_preemptions > before) for r, before in self._steps.popleft().items()]
+
+    def clear(self) -> None:
+        """All of them were lost."""
+        self._steps.clear()
 
 
 class StepLimit:

@@ -171,8 +171,9 @@ class Request:
     `num_computed_tokens` counts the tokens (prompt, then completion) whose K and V are in
     `block_ids`; preemption sets it back to 0. `num_in_flight_tokens` more are being computed by
     steps that have not ended, and `num_unread_tokens` ids are sampled there that nobody knows yet.
-    `may_run_ahead` says whether a step may be planned on such an id. `deadline` is in monotonic nanoseconds. `events` are
-    names (preempted, resumed) with monotonic nanoseconds, the first MAX_EVENTS of them.
+    `may_run_ahead` says whether a step may be planned on such an id. `deadline` is in monotonic
+    nanoseconds. `events` are names (preempted, resumed) with monotonic nanoseconds, at most
+    MAX_EVENTS.
     `token_counts` is there where penalties are; `prompt_logprobs` has one entry for each prompt
     token but the first, as far as they are computed, where they are asked for.
     `block_names` names the contents of full blocks in order; `num_cached_tokens` says how many
@@ -245,7 +246,6 @@ class Request:
         num_completion_tokens = len(self.completion_token_ids) + self.num_unread_tokens
         return self.may_run_ahead and num_completion_tokens < self.stopping.max_tokens
 
-
     def append(self, token_id: int) -> None:
         """Add a completion token."""
         self.completion_token_ids.append(token_id)
@@ -257,17 +257,6 @@ class Request:
         if not self.scores_prompt or self.completion_token_ids:
             return ()
         return self.prompt_token_ids[start + 1 : stop + 1]
-
-    def record_grant(
-        self, num_tokens: int, num_rows: int, samples: bool, may_run_ahead: bool
-    ) -> None:
-        """Count a step of `num_rows` rows that computes `num_tokens` more and may sample."""
-        self.num_in_flight_tokens += num_tokens
-        self.num_unread_tokens += samples
-        self.may_run_ahead = may_run_ahead
-        self.num_steps += 1
-        self.num_prefill_chunks += self.times.first_token is None
-        self.max_batch_size = max(self.max_batch_size, num_rows)
 
     def add_event(self, name: str, time: int) -> None:
         """Remember an event for the trace; beyond MAX_EVENTS it is dropped (the counts remain)."""

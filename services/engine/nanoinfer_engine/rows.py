@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from nanoinfer_engine.batch import BatchRow, RowResult, ScoredPrompt
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
 
 
-def make_row(
-    request: Request, num_tokens: int, num_blocks: int, last_row: int | None
-) -> BatchRow:
-    """The row that computes the next `num_tokens` tokens, for which `num_blocks` blocks suffice.
+def make_rows(
+    grants: Mapping[Request, int],
+    num_blocks: Callable[[int], int],
+    last_rows: Mapping[Request, int],
+) -> tuple[BatchRow, ...]:
+    """A row for each grant; `last_rows` are the requests' in the step before, if still in flight.
 
-    `last_row` is the request's row in the step before, where that is still in flight.
+    `num_blocks` says how many blocks a number of tokens takes.
     """
+    rows = []
+    for request, num_tokens in grants.items():
+        blocks = num_blocks(request.num_granted_tokens + num_tokens)
+        row = _make_row(request, num_tokens, blocks, last_rows.get(request))
+        request.num_in_flight_tokens += num_tokens
+        request.num_unread_tokens += row.samples
+        request.may_run_ahead = row.is_plain
+        request.num_steps += 1
+        request.num_prefill_chunks += request.times.first_token is None
+        request.max_batch_size = max(request.max_batch_size, len(grants))
+        rows.append(row)
+    return tuple(rows)
+
+
+def _make_row(request: Request, num_tokens: int, num_blocks: int, last_row: int | None) -> BatchRow:
     start = request.num_granted_tokens
     stop = start + num_tokens
     return BatchRow(

@@ -96,14 +96,12 @@ class ModelRunner:
             self.num_blocks = cache.num_blocks
             self._use(cache)
             self._run_largest()
-            self._steps = self._cache = self._backend = None  # type: ignore[assignment]
+            self._use(self._make_cache(1))  # lets go of the trial's cache
 
         return fitting_blocks(config, self.model_config, self._make_cache, run_largest)
 
     def _make_cache(self, num_blocks: int) -> KVCache:
-        return KVCache(
-            self.model_config, num_blocks, self.block_size, self._dtype, self._device
-        )
+        return KVCache(self.model_config, num_blocks, self.block_size, self._dtype, self._device)
 
     def _use(self, cache: KVCache) -> None:
         """Attend over `cache` from now on."""

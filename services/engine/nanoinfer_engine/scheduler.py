@@ -13,7 +13,6 @@ it is to start is the queue's to say (`waiting`), which blocks can be had `block
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from nanoinfer_engine.batch import Batch, RowResult
@@ -21,9 +20,9 @@ from nanoinfer_engine.block_tables import BlockTables
 from nanoinfer_engine.capacity import Capacity, Load
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.errors import QueueTimeoutError
-from nanoinfer_engine.plan import Plan, StepLimit
+from nanoinfer_engine.plan import Plan, StepLimit, StepsInFlight
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
-from nanoinfer_engine.rows import make_row, take_result
+from nanoinfer_engine.rows import make_rows, take_result
 from nanoinfer_engine.waiting import WaitingQueue
 
 
@@ -52,9 +51,7 @@ class Scheduler:
         )
         self._waiting = WaitingQueue()
         self._running: dict[Request, None] = {}  # a set that keeps its order
-        # behind the rows of each batch that is not updated yet, the oldest first: the request, and
-        # how often it had been preempted
-        self._in_flight: deque[dict[Request, int]] = deque()
+        self._in_flight = StepsInFlight()
         self._num_arrived = 0
         self._limit = StepLimit(config.max_batch_tokens)
 
@@ -67,13 +64,9 @@ class Scheduler:
     def load(self) -> Load:
         """How busy the scheduler is now."""
         waiting = self._waiting
-        return Load(
-            len(self._running),
-            len(waiting),
-            waiting.num_prompt_tokens,
-            waiting.num_bytes,
-            self._tables.usage,
-        )
+        prompt_tokens, num_bytes = waiting.num_prompt_tokens, waiting.num_bytes
+        num_running = len(self._running)
+        return Load(num_running, len(waiting), prompt_tokens, num_bytes, self._tables.usage)
 
     def add(self, request: Request) -> None:
         """Queue a request; raises CapacityError if it could never run to its end."""
@@ -147,39 +140,24 @@ class Scheduler:
             self._start_waiting(plan)
         if not plan.grants:
             return None
-        last = self._in_flight[-1] if self._in_flight else {}
-        places = {request: row for row, request in enumerate(last)}
-        num_blocks = self._tables.num_blocks
-        rows = [
-            make_row(
-                request,
-                num_tokens,
-                num_blocks(request.num_granted_tokens + num_tokens),
-                places.get(request),
-            )
-            for request, num_tokens in plan.grants.items()
-        ]
-        self._in_flight.append({request: request.num_preemptions for request in plan.grants})
-        for request, row in zip(plan.grants, rows, strict=True):
-            request.record_grant(row.num_tokens, len(rows), row.samples, row.is_plain)
-        return Batch(tuple(rows))
+        rows = make_rows(plan.grants, self._tables.num_blocks, self._in_flight.last_rows())
+        self._in_flight.begin(plan.grants)
+        return Batch(rows)
 
     def update(self, batch: Batch, results: Sequence[RowResult]) -> list[RequestOutput]:
         """Take a step's results: append, detect the end, free. A row that failed ends alone.
 
-        Steps are updated in the order of their schedule. Rows whose request has ended since are
-        skipped; one that was preempted since gets its token all the same.
+        The oldest step first. Rows whose request has ended since are skipped; one that was
+        preempted since gets its token all the same.
         """
         now = self._clock()
         outputs: list[RequestOutput] = []
-        granted = self._in_flight.popleft().items()
-        for (request, num_preemptions), row, result in zip(
-            granted, batch.rows, results, strict=True
-        ):
+        granted = self._in_flight.end()
+        for (request, is_preempted), row, result in zip(granted, batch.rows, results, strict=True):
             if request not in self._running and request not in self._waiting:
                 continue
             request.num_unread_tokens -= row.samples
-            if request.num_preemptions == num_preemptions:
+            if not is_preempted:
                 request.num_in_flight_tokens -= row.num_tokens
                 request.num_computed_tokens += row.num_tokens
             try:

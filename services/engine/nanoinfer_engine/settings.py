@@ -29,20 +29,29 @@ class EngineSettings(ServiceSettings):
     tokenizer: Path | None = Field(
         None, description="Tokenizer of a model that brings none; only its fingerprint is used."
     )
-    device: str = Field("cpu", description="Device to run on.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Number format of the computation."
+    device: str = Field("cpu", description="Device to run on: `cpu`, or `cuda` with Triton.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the computation; float16 on CUDA, else float32."
     )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads of a step on the CPU.")
-    kv_cache_memory: ByteSize = Field(
-        ByteSize(256 * 1024**2), gt=0, description="Memory for the KV cache, such as 256MiB."
+    kv_cache_memory: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Memory for the KV cache; 256MiB, or on CUDA what is left of the device's.",
+    )
+    device_memory_share: float = Field(
+        0.9, gt=0, le=1, description="Share of a CUDA device's memory to use in all."
     )
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per block of the KV cache.")
     max_model_len: int | None = Field(
         None, ge=2, description="Most tokens of prompt and completion; what the model allows."
     )
-    max_batch_tokens: int = Field(512, ge=1, description="Most tokens computed in one step.")
-    max_batch_requests: int = Field(64, ge=1, description="Most completions in one step.")
+    max_batch_tokens: int | None = Field(
+        None, ge=1, description="Most tokens computed in one step; 8192 on CUDA, else 512."
+    )
+    max_batch_requests: int | None = Field(
+        None, ge=1, description="Most completions in one step; 256 on CUDA, else 64."
+    )
     max_waiting_requests: int = Field(256, ge=1, description="Most completions in the queue.")
     max_waiting_tokens: int = Field(1_000_000, ge=1, description="Most prompt tokens in the queue.")
     max_waiting_bytes: ByteSize = Field(
@@ -72,7 +81,8 @@ class EngineSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
-        if self.max_batch_requests > self.max_batch_tokens:
+        config = self.engine_config()
+        if config.max_batch_requests > config.max_batch_tokens:
             raise ValueError("max_batch_requests is more than max_batch_tokens")
         return self
 
@@ -82,17 +92,21 @@ class EngineSettings(ServiceSettings):
         return self.model_name or self.model.resolve().stem
 
     def engine_config(self) -> EngineConfig:
-        """What the core is built from."""
+        """What the core is built from, with what the device decides resolved."""
+        is_cuda = self.device.startswith("cuda")
+        requests, tokens, dtype = (256, 8192, "float16") if is_cuda else (64, 512, "float32")
+        memory = None if is_cuda else 256 * 1024**2
         return EngineConfig(
             model_path=self.model,
             device=self.device,
-            dtype=self.dtype,
+            dtype=dtype if self.dtype == "auto" else self.dtype,
             num_threads=self.threads,
-            kv_cache_bytes=int(self.kv_cache_memory),
+            kv_cache_bytes=memory if self.kv_cache_memory is None else int(self.kv_cache_memory),
+            device_memory_share=self.device_memory_share,
             block_size=self.block_size,
             max_model_len=self.max_model_len,
-            max_batch_tokens=self.max_batch_tokens,
-            max_batch_requests=self.max_batch_requests,
+            max_batch_tokens=self.max_batch_tokens or tokens,
+            max_batch_requests=self.max_batch_requests or requests,
             max_waiting_requests=self.max_waiting_requests,
             max_waiting_tokens=self.max_waiting_tokens,
             max_waiting_bytes=int(self.max_waiting_bytes),

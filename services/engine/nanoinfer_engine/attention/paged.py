@@ -14,13 +14,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from nanoinfer_engine.kernels.attention import (
+from nanoinfer_engine.kernels.decode import (
     AttentionShape,
     DecodeWorkspace,
-    HeadTransform,
     decode_attention,
-    rotate_and_write,
 )
+from nanoinfer_engine.kernels.heads import HeadTransform, rotate_and_write
 from nanoinfer_engine.kv_cache import KVCache
 from nanoinfer_engine.tuning import time_graph
 
@@ -127,8 +126,14 @@ class PagedAttention:
         return True
 
     def attend(
-        self, layer: int, heads: Heads, transform: HeadTransform, plan: PagedPlan, output: Tensor,
-        *, pdl: bool = False,
+        self,
+        layer: int,
+        heads: Heads,
+        transform: HeadTransform,
+        plan: PagedPlan,
+        output: Tensor,
+        *,
+        pdl: bool = False,
     ) -> Tensor:
         """Transform heads, write K and V, attend; `heads` and `output` as in `decode_attention`.
 
@@ -137,9 +142,18 @@ class PagedAttention:
         count, window = plan.num_decode_rows, self._windows[layer]
         if count:
             first = (heads[0][:count], heads[1][:count], heads[2][:count])
-            decode_attention(first, self._cache.layer(layer), plan.tables, plan.contexts,
-                             transform, window, self._workspace, output[:count],
-                             self._shape(count), pdl=pdl)
+            decode_attention(
+                first,
+                self._cache.layer(layer),
+                plan.tables,
+                plan.contexts,
+                transform,
+                window,
+                self._workspace,
+                output[:count],
+                self._shape(count),
+                pdl=pdl,
+            )
         if plan.prompts is not None:
             rest = (heads[0][count:], heads[1][count:], heads[2][count:])
             attended = self._prompts(layer, rest, transform, plan.prompts, window)
@@ -148,8 +162,14 @@ class PagedAttention:
             output[count:] = attended
         return output
 
-    def _prompts(self, layer: int, heads: Heads, transform: HeadTransform, plan: PromptPlan,
-                 window: int | None) -> Tensor:
+    def _prompts(
+        self,
+        layer: int,
+        heads: Heads,
+        transform: HeadTransform,
+        plan: PromptPlan,
+        window: int | None,
+    ) -> Tensor:
         cache = self._cache.layer(layer)
         query, key = rotate_and_write(heads, cache, plan.slots, plan.positions, transform)
         value = heads[2]
@@ -160,8 +180,16 @@ class PagedAttention:
         elif plan.equal_length is not None and window is None and _suits_cudnn(len(query), plan):
             return _cudnn(query, key, value, plan.equal_length)
         output: Tensor = torch.ops.aten._flash_attention_forward(
-            query, key, value, plan.query_starts, plan.key_starts, plan.max_queries, plan.max_keys,
-            0.0, True, False,
+            query,
+            key,
+            value,
+            plan.query_starts,
+            plan.key_starts,
+            plan.max_queries,
+            plan.max_keys,
+            0.0,
+            True,
+            False,
             window_size_left=None if window is None else window - 1,
             window_size_right=None if window is None else 0,
         )[0]
@@ -174,8 +202,10 @@ def _suits_cudnn(num_tokens: int, plan: PromptPlan) -> bool:
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
     """Equal whole prompts in one call; [tokens, heads, dim] in and out."""
-    rows = [part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value)]
+    query, key, value = (
+        part.view(-1, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
+    )
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
-        output = scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return output.transpose(1, 2).flatten(0, 1)

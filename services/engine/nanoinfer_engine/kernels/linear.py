@@ -38,10 +38,11 @@ class TileShape:
 
 
 @triton.jit
-def _gemv_kernel(x, weight, bias, gain, output, N, K, eps, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-                 GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
-                 PDL: tl.constexpr):
+def _gemv_kernel(
+    x, weight, bias, gain, output, N, K, eps,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,18 +117,44 @@ def gemv(
     """
     num_outputs, columns = output.shape[1], weight.shape[1]
     _gemv_kernel[(ceil_div(num_outputs, shape.block_n),)](
-        x, weight, x if bias is None else bias, x if gain is None else gain, output, num_outputs,
-        columns, eps, BLOCK_N=shape.block_n, BLOCK_K=shape.block_k,
-        EVEN=columns % shape.block_k == 0, NORM=gain is not None, GATED=gated, RESIDUAL=residual,
-        BIAS=bias is not None, num_warps=shape.num_warps, **pdl_options(pdl),
+        x,
+        weight,
+        x if bias is None else bias,
+        x if gain is None else gain,
+        output,
+        num_outputs,
+        columns,
+        eps,
+        BLOCK_N=shape.block_n,
+        BLOCK_K=shape.block_k,
+        EVEN=columns % shape.block_k == 0,
+        NORM=gain is not None,
+        GATED=gated,
+        RESIDUAL=residual,
+        BIAS=bias is not None,
+        num_warps=shape.num_warps,
+        **pdl_options(pdl),
     )
     return output
 
 
 @triton.jit
-def _few_rows_kernel(x, weight, bias, output, M, N, K, BLOCK_M: tl.constexpr,
-                     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                     GATED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):
+def _few_rows_kernel(
+    x,
+    weight,
+    bias,
+    output,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -181,9 +208,21 @@ def few_rows(
     rows, columns = x.shape
     num_outputs = output.shape[-1]
     _few_rows_kernel[(ceil_div(num_outputs, shape.block_n), shape.splits)](
-        x, weight, x if bias is None else bias, output, rows, num_outputs, columns,
-        BLOCK_M=max(16, 1 << (rows - 1).bit_length()), BLOCK_N=shape.block_n,
-        BLOCK_K=shape.block_k, SPLITS=shape.splits, GATED=gated, BIAS=bias is not None,
-        num_warps=shape.num_warps, num_stages=shape.num_stages, **pdl_options(pdl),
+        x,
+        weight,
+        x if bias is None else bias,
+        output,
+        rows,
+        num_outputs,
+        columns,
+        BLOCK_M=max(16, 1 << (rows - 1).bit_length()),
+        BLOCK_N=shape.block_n,
+        BLOCK_K=shape.block_k,
+        SPLITS=shape.splits,
+        GATED=gated,
+        BIAS=bias is not None,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        **pdl_options(pdl),
     )
     return output

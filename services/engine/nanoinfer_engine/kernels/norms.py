@@ -11,8 +11,16 @@ from nanoinfer_engine.kernels.launch import ceil_div, pdl_options, power_of_two
 
 
 @triton.jit
-def _embed_kernel(tokens, sources, sampled, table, output, WIDTH: tl.constexpr,
-                  BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _embed_kernel(
+    tokens,
+    sources,
+    sampled,
+    table,
+    output,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -28,23 +36,47 @@ def _embed_kernel(tokens, sources, sampled, table, output, WIDTH: tl.constexpr,
     tl.store(output + row.to(tl.int64) * WIDTH + columns, values, mask=columns < WIDTH)
 
 
-def embed(tokens: Tensor, sources: Tensor, sampled: Tensor, table: Tensor, output: Tensor, *,
-          pdl: bool = False) -> Tensor:
+def embed(
+    tokens: Tensor,
+    sources: Tensor,
+    sampled: Tensor,
+    table: Tensor,
+    output: Tensor,
+    *,
+    pdl: bool = False,
+) -> Tensor:
     """Embedding rows of [rows] tokens into `output` [rows, width].
 
     Where `sources` is not negative, the token is `sampled[source]`, which the last step left there.
     """
     width = table.shape[1]
     _embed_kernel[(len(tokens),)](
-        tokens, sources, sampled, table, output, WIDTH=width, BLOCK=power_of_two(width),
-        num_warps=4, **pdl_options(pdl),
+        tokens,
+        sources,
+        sampled,
+        table,
+        output,
+        WIDTH=width,
+        BLOCK=power_of_two(width),
+        num_warps=4,
+        **pdl_options(pdl),
     )
     return output
 
 
 @triton.jit
-def _add_norm_kernel(residual, delta, gain, output, num_rows, eps, WIDTH: tl.constexpr,
-                     BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
+def _add_norm_kernel(
+    residual,
+    delta,
+    gain,
+    output,
+    num_rows,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -57,24 +89,41 @@ def _add_norm_kernel(residual, delta, gain, output, num_rows, eps, WIDTH: tl.con
     if PARTS > 0:
         total = x.to(tl.float32)
         for part in tl.static_range(PARTS):
-            total += tl.load(delta + (part * num_rows + row) * WIDTH + columns, mask=inside,
-                             other=0.0).to(tl.float32)
+            total += tl.load(
+                delta + (part * num_rows + row) * WIDTH + columns, mask=inside, other=0.0
+            ).to(tl.float32)
         x = total.to(residual.dtype.element_ty)
         tl.store(residual + row * WIDTH + columns, x, mask=inside)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    tl.store(output + row * WIDTH + columns, (x * scale * g).to(output.dtype.element_ty),
-             mask=inside)
+    tl.store(
+        output + row * WIDTH + columns, (x * scale * g).to(output.dtype.element_ty), mask=inside
+    )
 
 
-def add_norm(residual: Tensor, delta: Tensor | None, gain: Tensor, eps: float, output: Tensor, *,
-             pdl: bool = False) -> Tensor:
+def add_norm(
+    residual: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    output: Tensor,
+    *,
+    pdl: bool = False,
+) -> Tensor:
     """residual += the sum of `delta` [parts, rows, width], in place; `output` = its RMSNorm."""
     num_rows, width = residual.shape
     _add_norm_kernel[(num_rows,)](
-        residual, residual if delta is None else delta, gain, output, num_rows, eps, WIDTH=width,
-        BLOCK=power_of_two(width), PARTS=0 if delta is None else delta.shape[0],
-        num_warps=4 if width <= 2048 else 8, **pdl_options(pdl),
+        residual,
+        residual if delta is None else delta,
+        gain,
+        output,
+        num_rows,
+        eps,
+        WIDTH=width,
+        BLOCK=power_of_two(width),
+        PARTS=0 if delta is None else delta.shape[0],
+        num_warps=4 if width <= 2048 else 8,
+        **pdl_options(pdl),
     )
     return output
 

@@ -44,8 +44,17 @@ class SamplingWorkspace:
 
 
 @triton.jit
-def _slices_kernel(logits, temperature, best, best_ids, weights, VOCAB: tl.constexpr,
-                   SLICES: tl.constexpr, SLICE: tl.constexpr, PDL: tl.constexpr):
+def _slices_kernel(
+    logits,
+    temperature,
+    best,
+    best_ids,
+    weights,
+    VOCAB: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row, part = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -71,8 +80,9 @@ def _key(x):
 
 
 @triton.jit
-def _mass(logits, threshold, least, top, t, COUNT: tl.constexpr, VOCAB: tl.constexpr,
-          SLICE: tl.constexpr):
+def _mass(
+    logits, threshold, least, top, t, COUNT: tl.constexpr, VOCAB: tl.constexpr, SLICE: tl.constexpr
+):
     """Number, or softmax weight, of the ids whose key is at least `threshold` and `least`."""
     total = tl.zeros([SLICE], tl.float32)
     for start in range(0, VOCAB, SLICE):
@@ -87,8 +97,9 @@ def _mass(logits, threshold, least, top, t, COUNT: tl.constexpr, VOCAB: tl.const
 
 
 @triton.jit
-def _largest_key(logits, wanted, least, top, t, COUNT: tl.constexpr, VOCAB: tl.constexpr,
-                 SLICE: tl.constexpr):
+def _largest_key(
+    logits, wanted, least, top, t, COUNT: tl.constexpr, VOCAB: tl.constexpr, SLICE: tl.constexpr
+):
     """The largest key at and above which the ids' number or weight reaches `wanted`."""
     key = 0
     for step in range(16):
@@ -99,9 +110,23 @@ def _largest_key(logits, wanted, least, top, t, COUNT: tl.constexpr, VOCAB: tl.c
 
 
 @triton.jit
-def _choose_kernel(logits, temperature, top_k, top_p, min_p, uniform, best, best_ids, weights,
-                   sampled, VOCAB: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr,
-                   SLICE: tl.constexpr, PDL: tl.constexpr):
+def _choose_kernel(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    uniform,
+    best,
+    best_ids,
+    weights,
+    sampled,
+    VOCAB: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICES_PAD: tl.constexpr,
+    SLICE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -141,8 +166,9 @@ def _choose_kernel(logits, temperature, top_k, top_p, min_p, uniform, best, best
 
 
 @triton.jit
-def _slice_weights(logits, least, floor, top, t, VOCAB: tl.constexpr, SLICES_PAD: tl.constexpr,
-                   SLICE: tl.constexpr):
+def _slice_weights(
+    logits, least, floor, top, t, VOCAB: tl.constexpr, SLICES_PAD: tl.constexpr, SLICE: tl.constexpr
+):
     """[SLICES_PAD]: the softmax weight of what the filters leave of each slice."""
     parts = tl.arange(0, SLICES_PAD)
     weights = tl.zeros([SLICES_PAD], tl.float32)
@@ -162,8 +188,18 @@ def _weights_at(logits, start, least, floor, top, t, VOCAB: tl.constexpr, SLICE:
 
 
 @triton.jit
-def _draw(logits, slice_weights, number, least, floor, top, t, VOCAB: tl.constexpr,
-          SLICES_PAD: tl.constexpr, SLICE: tl.constexpr):
+def _draw(
+    logits,
+    slice_weights,
+    number,
+    least,
+    floor,
+    top,
+    t,
+    VOCAB: tl.constexpr,
+    SLICES_PAD: tl.constexpr,
+    SLICE: tl.constexpr,
+):
     """The id at which the cumulative weight, in id order, passes `number` of the total."""
     parts = tl.arange(0, SLICES_PAD)
     cumulative = tl.cumsum(slice_weights, axis=0)
@@ -180,8 +216,14 @@ def _draw(logits, slice_weights, number, least, floor, top, t, VOCAB: tl.constex
     return part * SLICE + tl.minimum(place, last_inner)
 
 
-def choose(logits: Tensor, sampling: DeviceSampling, workspace: SamplingWorkspace,
-           sampled: Tensor, *, pdl: bool = False) -> Tensor:
+def choose(
+    logits: Tensor,
+    sampling: DeviceSampling,
+    workspace: SamplingWorkspace,
+    sampled: Tensor,
+    *,
+    pdl: bool = False,
+) -> Tensor:
     """One id per row of half-precision `logits` into `sampled` [>= rows] int32.
 
     -1 where the logits are not finite. `logits` is not modified.
@@ -189,13 +231,33 @@ def choose(logits: Tensor, sampling: DeviceSampling, workspace: SamplingWorkspac
     rows, vocab_size = logits.shape
     slices = ceil_div(vocab_size, _SLICE)
     _slices_kernel[(rows, slices)](
-        logits, sampling.temperature, workspace.best, workspace.best_ids, workspace.weights,
-        VOCAB=vocab_size, SLICES=slices, SLICE=_SLICE, num_warps=8, **pdl_options(pdl),
+        logits,
+        sampling.temperature,
+        workspace.best,
+        workspace.best_ids,
+        workspace.weights,
+        VOCAB=vocab_size,
+        SLICES=slices,
+        SLICE=_SLICE,
+        num_warps=8,
+        **pdl_options(pdl),
     )
     _choose_kernel[(rows,)](
-        logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
-        sampling.uniform, workspace.best, workspace.best_ids, workspace.weights, sampled,
-        VOCAB=vocab_size, SLICES=slices, SLICES_PAD=power_of_two(slices), SLICE=_SLICE,
-        num_warps=16, **pdl_options(pdl),
+        logits,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.uniform,
+        workspace.best,
+        workspace.best_ids,
+        workspace.weights,
+        sampled,
+        VOCAB=vocab_size,
+        SLICES=slices,
+        SLICES_PAD=power_of_two(slices),
+        SLICE=_SLICE,
+        num_warps=16,
+        **pdl_options(pdl),
     )
     return sampled

@@ -8,17 +8,18 @@ join it. A step of one row goes through GEMVs that take norm, activation and res
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
 from nanoinfer_engine.config import ModelConfig
-from nanoinfer_engine.kernels.attention import HeadTransform
+from nanoinfer_engine.kernels.heads import HeadTransform
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
 from nanoinfer_engine.linears import FEW_ROWS, Linear, LinearTable, apply_linear
-from nanoinfer_engine.models.decoder import Decoder
+from nanoinfer_engine.models.decoder import Decoder, Layer
 
 MAX_FUSED_NORM = 2048
 """Hidden sizes up to which a GEMV takes the norm before it in: beyond, its registers cost more."""
@@ -47,7 +48,7 @@ class StepTokens:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The residual stream [tokens, hidden] and what is still to be added, [parts, tokens, hidden]."""
+    """The residual stream [tokens, hidden] and parts still to be added, [parts, tokens, hidden]."""
 
     residual: Tensor
     delta: Tensor | None
@@ -71,14 +72,18 @@ class FusedDecoder:
         head = self._embedding if model.head is None else model.head.weight
         fuses = config.hidden_size <= MAX_FUSED_NORM
         self._head = Linear(head, gain=self._gain if fuses else None)
-        self._layers = [_fused_layer(layer, model, config) for layer in model.layers]
+        layers = (cast(Layer, layer) for layer in model.layers)
+        self._layers = [_fused_layer(layer, model, config) for layer in layers]
 
     def tune(self, max_rows: int, pdl_rows: int) -> dict[str, float]:
         """Choose kernels per batch size up to `max_rows`; returns µs by candidate."""
-        heads = self._heads(torch.randn(
-            (max_rows, self._layers[0].products["qkv"].num_outputs),
-            dtype=self._embedding.dtype, device=self._embedding.device,
-        ))
+        heads = self._heads(
+            torch.randn(
+                (max_rows, self._layers[0].products["qkv"].num_outputs),
+                dtype=self._embedding.dtype,
+                device=self._embedding.device,
+            )
+        )
         report = self._backend.tune(heads, self._layers[0].transform, pdl_rows)
         pdl = pdl_rows >= FEW_ROWS[-1]
         for name in PRODUCTS[:-1]:
@@ -106,8 +111,9 @@ class FusedDecoder:
         choice = self.table.choice("head", len(residual))
         if hidden.delta is None and self._head.gain is not None and isinstance(choice, GemvShape):
             output = self._empty(1, self._head.num_outputs)
-            return gemv(residual, self._head.weight, output, choice, gain=self._gain, eps=eps,
-                        pdl=pdl)
+            return gemv(
+                residual, self._head.weight, output, choice, gain=self._gain, eps=eps, pdl=pdl
+            )
         normed = torch.empty_like(residual)
         add_norm(residual, hidden.delta, self._gain, eps, normed, pdl=pdl)
         if isinstance(choice, GemvShape):
@@ -115,8 +121,15 @@ class FusedDecoder:
             return gemv(normed, self._head.weight, output, choice, pdl=pdl)
         return apply_linear(normed, self._head, choice, pdl)[0]
 
-    def _layer(self, index: int, layer: FusedLayer, residual: Tensor, delta: Tensor | None,
-               plan: PagedPlan, pdl: bool) -> Tensor:
+    def _layer(
+        self,
+        index: int,
+        layer: FusedLayer,
+        residual: Tensor,
+        delta: Tensor | None,
+        plan: PagedPlan,
+        pdl: bool,
+    ) -> Tensor:
         """Add `delta` and this layer's attention to the residual; returns the MLP's parts."""
         eps, hidden = self._config.norm_eps, torch.empty_like(residual)
         add_norm(residual, delta, layer.attention_gain, eps, hidden, pdl=pdl)
@@ -126,8 +139,9 @@ class FusedDecoder:
         inner = self._product("gate_up", layer, hidden, pdl)[0]
         return self._product("down", layer, inner, pdl)
 
-    def _layer_of_one(self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan,
-                      pdl: bool) -> None:
+    def _layer_of_one(
+        self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan, pdl: bool
+    ) -> None:
         """The same for one row, in five launches, or seven where the norms stand alone."""
         qkv = self._normed_gemv("qkv", layer, residual, layer.attention_gain, pdl)
         attended = self._attend(index, layer, qkv, plan, pdl)
@@ -135,8 +149,9 @@ class FusedDecoder:
         inner = self._normed_gemv("gate_up", layer, residual, layer.mlp_gain, pdl)
         self._gemv("down", layer, inner, pdl, residual=residual)
 
-    def _attend(self, index: int, layer: FusedLayer, qkv: Tensor, plan: PagedPlan,
-                pdl: bool) -> Tensor:
+    def _attend(
+        self, index: int, layer: FusedLayer, qkv: Tensor, plan: PagedPlan, pdl: bool
+    ) -> Tensor:
         output = self._empty(len(qkv), self._config.num_heads, self._config.head_dim)
         heads = self._heads(qkv)
         output = self._backend.attend(index, heads, layer.transform, plan, output, pdl=pdl)
@@ -146,40 +161,51 @@ class FusedDecoder:
         """Views of query, key and value, [rows, heads of each, head dim]."""
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         parts = qkv.view(len(qkv), heads + 2 * kv_heads, self._config.head_dim)
-        query, key, value = parts.split([heads, kv_heads, kv_heads], dim=1)
-        return query, key, value
+        return parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
 
     def _product(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool) -> Tensor:
         return apply_linear(x, layer.products[name], self.table.choice(name, len(x)), pdl)
 
-    def _normed_gemv(self, name: str, layer: FusedLayer, x: Tensor, gain: Tensor,
-                     pdl: bool) -> Tensor:
+    def _normed_gemv(
+        self, name: str, layer: FusedLayer, x: Tensor, gain: Tensor, pdl: bool
+    ) -> Tensor:
         if layer.products[name].gain is None:
             x = add_norm(x, None, gain, self._config.norm_eps, torch.empty_like(x), pdl=pdl)
         return self._gemv(name, layer, x, pdl)
 
-    def _gemv(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool, *,
-              residual: Tensor | None = None) -> Tensor:
+    def _gemv(
+        self, name: str, layer: FusedLayer, x: Tensor, pdl: bool, *, residual: Tensor | None = None
+    ) -> Tensor:
         linear, shape = layer.products[name], self.table.choice(name, 1)
         if not isinstance(shape, GemvShape):
             raise TypeError(f"{name} has no GEMV shape")
         output = self._empty(1, linear.num_outputs) if residual is None else residual
-        return gemv(x, linear.weight, output, shape, bias=linear.bias, gain=linear.gain,
-                    eps=self._config.norm_eps, gated=linear.gated, residual=residual is not None,
-                    pdl=pdl)
+        return gemv(
+            x,
+            linear.weight,
+            output,
+            shape,
+            bias=linear.bias,
+            gain=linear.gain,
+            eps=self._config.norm_eps,
+            gated=linear.gated,
+            residual=residual is not None,
+            pdl=pdl,
+        )
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._embedding.dtype, device=self._embedding.device)
 
 
-def _fused_layer(layer: torch.nn.Module, model: Decoder, config: ModelConfig) -> FusedLayer:
+def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig) -> FusedLayer:
     attention, mlp = layer.attention, layer.mlp
     fuses = config.hidden_size <= MAX_FUSED_NORM
     gains = [norm.weight if fuses else None for norm in (layer.attention_norm, layer.mlp_norm)]
     products = {
         "qkv": Linear(attention.qkv.weight, attention.qkv.bias, gain=gains[0]),
-        "output": Linear(attention.output.weight, attention.output.bias,
-                         splittable=attention.output.bias is None),
+        "output": Linear(
+            attention.output.weight, attention.output.bias, splittable=attention.output.bias is None
+        ),
         "gate_up": Linear(mlp.gate_up.weight, mlp.gate_up.bias, gated=True, gain=gains[1]),
         "down": Linear(mlp.down.weight, mlp.down.bias, splittable=mlp.down.bias is None),
     }
