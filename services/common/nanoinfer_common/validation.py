@@ -18,16 +18,8 @@ from nanoinfer.v1 import tokenizer_pb2
 
 from nanoinfer_common import errors, field_checks, names, telemetry
 from nanoinfer_common.errors import ServiceError, Violation
-from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, Limits, ParameterMessage
-
-__all__ = [
-    "Limits",
-    "RequestMetadata",
-    "read_metadata",
-    "validate_messages",
-    "validate_prompt_ids",
-    "validate_request",
-]
+from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, ParameterMessage
+from nanoinfer_common.field_checks import Limits as Limits
 
 MAX_MESSAGES: Final = 10_000
 MAX_ROLE_BYTES: Final = 64
