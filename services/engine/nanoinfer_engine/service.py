@@ -85,6 +85,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     async def start(self) -> None:
         """Load the model; raises StartError where it cannot be served."""
         log.info("loading", model=str(self._settings.model))
+        if not self._settings.model.exists():
+            raise StartError(f"{self._settings.model}: no such file or directory")
         try:
             defaults, fingerprint = await asyncio.to_thread(self._read_side_files)
             runner = await self._engine.start()
