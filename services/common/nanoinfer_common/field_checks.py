@@ -40,7 +40,8 @@ class _Range(NamedTuple):
         return (value > self.low if self.above_low else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        return f"must be {'more than ' * self.above_low}{self.low} to {self.high}"
+        low = f"more than {self.low}" if self.above_low else str(self.low)
+        return f"must be {low} to {self.high}"
 
 
 _RANGES: Final = {
