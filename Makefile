@@ -75,4 +75,4 @@ model: $(VENV)/.dev  ## train the demonstration model again (needs a GPU)
 	$(BIN)/python models/guide/train.py
 
 clean:           ## remove what was installed and cached here
-	rm -rf $(VENV) $(CODEGEN) node_modules .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(CODEGEN) node_modules .cache .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

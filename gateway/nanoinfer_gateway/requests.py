@@ -108,20 +108,7 @@ class RequestReader:
     def _validate(
         self, prompt: Prompt, options: gateway_pb2.GenerationOptions, limits: Limits
     ) -> None:
-        def given(name: str) -> Any:
-            return getattr(options, name) if options.HasField(name) else None
-
-        validate_request(
-            sampling=given("sampling"),
-            stopping=given("stopping"),
-            response=given("response"),
-            structured_output=given("structured_output"),
-            stop=options.stop,
-            request_id=given("request_id"),
-            cache_salt=given("cache_salt"),
-            truncate_prompt_tokens=given("truncate_prompt_tokens"),
-            limits=limits,
-        )
+        validate_request(options, limits)
         if isinstance(prompt, generation_pb2.TokenIds):
             prompt = EncodedPrompt(prompt).last(options.truncate_prompt_tokens).tokens
         self.validate_prompt(prompt, limits)

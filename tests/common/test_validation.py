@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer.v1 import tokenizer_pb2
+from nanoinfer.v1.gateway_pb2 import GenerationOptions
 from nanoinfer_common import validation
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.field_checks import is_label
@@ -19,13 +20,16 @@ from nanoinfer_common.validation import (
     read_metadata,
     validate_messages,
     validate_prompt_ids,
-    validate_request,
 )
 
 VOCAB = 1000
 LENGTH = 128
 ALL = frozenset(pb.Feature.values())
 LIMITS = Limits(vocab_size=VOCAB, max_model_len=LENGTH, features=ALL)
+
+
+def validate_request(*, limits: Limits, **fields: Any) -> None:
+    validation.validate_request(GenerationOptions(**fields), limits)
 
 
 def next_float(value: float, towards: float) -> float:

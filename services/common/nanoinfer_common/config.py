@@ -174,10 +174,11 @@ def _refuse(
     lines = []
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else ""
+        variable = f"{ENV_PREFIX}{name.upper()}"
         if name in arguments:
             source = f"--{name.replace('_', '-')}"
-        elif f"{ENV_PREFIX}{name.upper()}" in os.environ:
-            source = f"{ENV_PREFIX}{name.upper()}"
+        elif variable in os.environ:
+            source = variable
         elif name in file_values:
             source = f"{config}: {name}"
         else:

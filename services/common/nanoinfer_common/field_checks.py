@@ -5,14 +5,19 @@ against the vocabulary, and lengths against the model, where the limits know the
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, NoReturn, Self
+from typing import Final, NamedTuple, NoReturn, Self, TypeAlias
 
 from google.protobuf.message import Message
+from nanoinfer.v1 import engine_pb2, gateway_pb2
 from nanoinfer.v1 import generation_pb2 as pb
 
 from nanoinfer_common.errors import Violation
+
+ParameterMessage: TypeAlias = (
+    gateway_pb2.GenerationOptions | engine_pb2.EngineServiceGenerateRequest
+)
 
 MAX_TOKENS: Final = 2**31 - 1
 MAX_STOP_STRINGS: Final = 16
@@ -35,7 +40,8 @@ class _Range(NamedTuple):
         return (value > self.low if self.above_low else value >= self.low) and value <= self.high
 
     def __str__(self) -> str:
-        return f"must be {'more than ' * self.above_low}{self.low} to {self.high}"
+        low = f"more than {self.low}" if self.above_low else str(self.low)
+        return f"must be {low} to {self.high}"
 
 
 _RANGES: Final = {
@@ -59,7 +65,7 @@ _MAX_IDS: Final = {
     "response.logprob_token_ids": 128,
 }
 # What a field needs unless it is unset or has the neutral value beside.
-_FEATURES: Final = {
+_FEATURES: Final[Mapping[str, tuple[pb.Feature, object]]] = {
     "sampling.n": (pb.FEATURE_MULTIPLE_CHOICES, 1),
     "sampling.repetition_penalty": (pb.FEATURE_PENALTIES, 1.0),
     "sampling.frequency_penalty": (pb.FEATURE_PENALTIES, 0.0),
@@ -70,6 +76,8 @@ _FEATURES: Final = {
     "response.prompt_logprobs": (pb.FEATURE_PROMPT_LOGPROBS, None),
     "response.logprob_token_ids": (pb.FEATURE_LOGPROB_TOKEN_IDS, None),
     "response.echo": (pb.FEATURE_ECHO, False),
+    "structured_output": (pb.FEATURE_STRUCTURED_OUTPUT, pb.StructuredOutput()),
+    "truncate_prompt_tokens": (pb.FEATURE_TRUNCATE_PROMPT, None),
 }
 
 
@@ -85,6 +93,18 @@ class Limits:
     def of(cls, model: pb.ModelInfo) -> Self:
         """Returns the limits that a model's description publishes."""
         return cls(model.vocab_size, model.max_model_len, frozenset(model.features))
+
+
+def check_all(request: ParameterMessage, limits: Limits) -> Iterator[Violation]:
+    """Checks every field but the prompt."""
+    yield from check_fields("sampling", request.sampling, limits)
+    yield from check_fields("stopping", request.stopping, limits)
+    yield from check_min_tokens(request.stopping, limits)
+    if isinstance(request, gateway_pb2.GenerationOptions):
+        yield from check_stop(request.stop)
+    yield from check_fields("response", request.response, limits)
+    yield from check_structured_output(request.structured_output)
+    yield from check_envelope(request, limits)
 
 
 def check_fields(prefix: str, message: Message, limits: Limits) -> Iterator[Violation]:
@@ -141,21 +161,16 @@ def check_structured_output(structured: pb.StructuredOutput) -> Iterator[Violati
             yield Violation(path, f"must be 1 to {MAX_STRUCTURED_CHOICES} non-empty strings")
 
 
-def check_envelope(
-    request_id: str | None,
-    cache_salt: str | None,
-    truncate_prompt_tokens: int | None,
-    limits: Limits,
-) -> Iterator[Violation]:
+def check_envelope(request: ParameterMessage, limits: Limits) -> Iterator[Violation]:
     """Checks a request's fields beside its parameters."""
-    if request_id is not None and not is_label(request_id, MAX_REQUEST_ID_CHARS):
+    if request.HasField("request_id") and not is_label(request.request_id, MAX_REQUEST_ID_CHARS):
         rule = f"must be 1 to {MAX_REQUEST_ID_CHARS} visible ASCII characters"
         yield Violation("request_id", rule)
-    if cache_salt is not None and len(cache_salt.encode()) > MAX_CACHE_SALT_BYTES:
+    if len(request.cache_salt.encode()) > MAX_CACHE_SALT_BYTES:
         yield Violation("cache_salt", f"must be at most {MAX_CACHE_SALT_BYTES} bytes")
-    if truncate_prompt_tokens is not None:
+    if request.HasField("truncate_prompt_tokens"):
         most = MAX_TOKENS if limits.max_model_len is None else limits.max_model_len - 1
-        if not 1 <= truncate_prompt_tokens <= most:
+        if not 1 <= request.truncate_prompt_tokens <= most:
             yield Violation("truncate_prompt_tokens", f"must be 1 to {most}")
 
 
@@ -168,12 +183,18 @@ def check_ids(path: str, ids: Sequence[int], limits: Limits) -> Iterator[Violati
         yield Violation(path, f"has id {worst}; ids must be below {size}")
 
 
-def features_asked(prefix: str, message: Message) -> Iterator[tuple[str, pb.Feature]]:
-    """Lists the fields of `sampling` or `response` that need a feature, each with it."""
-    for descriptor, value in message.ListFields():
-        path = f"{prefix}.{descriptor.name}"
-        if path in _FEATURES and value != _FEATURES[path][1]:
-            yield path, _FEATURES[path][0]
+def features_asked(request: ParameterMessage) -> Iterator[tuple[str, pb.Feature]]:
+    """Lists the fields that need a feature, each with it."""
+    parts: tuple[tuple[str, Message], ...] = (
+        ("sampling.", request.sampling),
+        ("response.", request.response),
+        ("", request),
+    )
+    for prefix, message in parts:
+        for descriptor, value in message.ListFields():
+            feature, neutral = _FEATURES.get(f"{prefix}{descriptor.name}", (None, None))
+            if feature is not None and value != neutral:
+                yield f"{prefix}{descriptor.name}", feature
 
 
 def is_label(value: str, max_chars: int) -> bool:

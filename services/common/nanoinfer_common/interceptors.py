@@ -225,7 +225,7 @@ class RunningCall:
         told = {"reason": reason} if reason else {}
         if reason:
             self._span.set_attribute("nanoinfer.error.reason", reason)
-        end_span(self._span, code, is_error=code in SERVER_FAULTS)
+        end_span(self._span, code, is_error=code.name in SERVER_FAULTS)
         seconds = round(time.perf_counter() - self._started, 6)
         log.info("rpc", method=self.method, code=code.name, duration_seconds=seconds, **told)
 

@@ -15,14 +15,7 @@ from nanoinfer_common.config import ServiceSettings
 MAX_TRACESTATE_CHARS: Final = 1024
 # Codes that are the server's fault; the others leave a server span's status unset.
 SERVER_FAULTS: Final = frozenset(
-    {
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DATA_LOSS,
-    }
+    ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
 )
 
 
@@ -76,11 +69,8 @@ def start_server_span(
 
 def record_unknown_method(method: str) -> None:
     """Records a call of a method that does not exist, without letting callers invent names."""
-    attributes = {
-        "rpc.system.name": "grpc",
-        "rpc.method": "_OTHER",
-        "rpc.method_original": method[:128],
-    }
+    attributes = {"rpc.system.name": "grpc", "rpc.method": "_OTHER"}
+    attributes["rpc.method_original"] = method[:128]
     span = telemetry.tracer().start_span(
         "_OTHER", otel_context.Context(), trace.SpanKind.SERVER, attributes
     )

@@ -121,14 +121,9 @@ def configure_tracing(service_name: str) -> Callable[[], None]:
     protocol = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     if protocol != "grpc":
         raise StartError(f"OTEL_EXPORTER_OTLP_PROTOCOL: only grpc is supported (got {protocol!r})")
-    resource = Resource.create(
-        {
-            "service.name": service_name,
-            "service.version": product_version(),
-            "service.instance.id": str(uuid.uuid4()),
-        }
-    )
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    attributes = {"service.name": service_name, "service.version": product_version()}
+    attributes["service.instance.id"] = str(uuid.uuid4())
+    provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
     provider.add_span_processor(BoundedSpanProcessor(OTLPSpanExporter(), DROPPED_SPANS))
     trace.set_tracer_provider(provider)
     structlog.get_logger(__name__).info("tracing", endpoint=endpoint)

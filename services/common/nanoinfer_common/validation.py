@@ -18,16 +18,8 @@ from nanoinfer.v1 import tokenizer_pb2
 
 from nanoinfer_common import errors, field_checks, names, telemetry
 from nanoinfer_common.errors import ServiceError, Violation
-from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, Limits
-
-__all__ = [
-    "Limits",
-    "RequestMetadata",
-    "read_metadata",
-    "validate_messages",
-    "validate_prompt_ids",
-    "validate_request",
-]
+from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, ParameterMessage
+from nanoinfer_common.field_checks import Limits as Limits
 
 MAX_MESSAGES: Final = 10_000
 MAX_ROLE_BYTES: Final = 64
@@ -63,48 +55,16 @@ class RequestMetadata:
     tenant: str | None = None
 
 
-def validate_request(
-    *,
-    sampling: pb.SamplingParams | None = None,
-    stopping: pb.StoppingParams | None = None,
-    response: pb.ResponseOptions | None = None,
-    structured_output: pb.StructuredOutput | None = None,
-    stop: Sequence[str] = (),
-    request_id: str | None = None,
-    cache_salt: str | None = None,
-    truncate_prompt_tokens: int | None = None,
-    limits: Limits,
-) -> None:
-    """Checks everything but the prompt; None and unset fields are fine.
+def validate_request(request: ParameterMessage, limits: Limits) -> None:
+    """Checks everything but the prompt; unset fields are fine.
 
     Raises INVALID_ARGUMENT with all violations at once; only then UNIMPLEMENTED (FEATURE_DISABLED)
     for features that `limits` lacks.
     """
-    sampling = sampling or pb.SamplingParams()
-    stopping = stopping or pb.StoppingParams()
-    response = response or pb.ResponseOptions()
-    structured_output = structured_output or pb.StructuredOutput()
-    _raise_any(
-        [
-            *field_checks.check_fields("sampling", sampling, limits),
-            *field_checks.check_fields("stopping", stopping, limits),
-            *field_checks.check_min_tokens(stopping, limits),
-            *field_checks.check_stop(stop),
-            *field_checks.check_fields("response", response, limits),
-            *field_checks.check_structured_output(structured_output),
-            *field_checks.check_envelope(request_id, cache_salt, truncate_prompt_tokens, limits),
-        ]
-    )
+    _raise_any(field_checks.check_all(request, limits))
     if limits.features is None:
         return
-    asked = [
-        *field_checks.features_asked("sampling", sampling),
-        *field_checks.features_asked("response", response),
-    ]
-    if structured_output.WhichOneof("constraint"):
-        asked.append(("structured_output", pb.FEATURE_STRUCTURED_OUTPUT))
-    if truncate_prompt_tokens is not None:
-        asked.append(("truncate_prompt_tokens", pb.FEATURE_TRUNCATE_PROMPT))
+    asked = field_checks.features_asked(request)
     lacking = [(field, feature) for field, feature in asked if feature not in limits.features]
     if lacking:
         fields = ", ".join(field for field, _ in lacking)

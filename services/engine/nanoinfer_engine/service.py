@@ -85,6 +85,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     async def start(self) -> None:
         """Load the model; raises StartError where it cannot be served."""
         log.info("loading", model=str(self._settings.model))
+        if not self._settings.model.exists():
+            raise StartError(f"{self._settings.model}: no such file or directory")
         try:
             defaults, fingerprint = await asyncio.to_thread(self._read_side_files)
             runner = await self._engine.start()
@@ -217,20 +219,10 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         """Check everything that a request can say against the model; raises ServiceError."""
         if request.HasField("model") and request.model != model.name:
             raise errors.not_found_model(request.model)
-        given = {field.name: value for field, value in request.ListFields()}
-        validate_request(
-            sampling=request.sampling,
-            stopping=request.stopping,
-            response=request.response,
-            structured_output=request.structured_output,
-            request_id=given.get("request_id"),
-            cache_salt=given.get("cache_salt"),
-            truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
-            limits=model.limits,
-        )
+        validate_request(request, model.limits)
         validate_prompt_ids(prompt_ids(request), model.limits)
         model.check_tokenizer(request)
-        return read_metadata(context.invocation_metadata(), given.get("request_id"))
+        return read_metadata(context.invocation_metadata(), request.request_id)
 
     def _deadline(self, context: Context) -> int:
         """When to give up, in monotonic nanoseconds; the server's bounds apply."""
