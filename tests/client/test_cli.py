@@ -292,7 +292,10 @@ def test_models_shows_defaults(target: str, behaviour: Behaviour) -> None:
 def test_health_of_a_server_that_is_not_ready(behaviour: Behaviour) -> None:
     with running_gateway(behaviour, serving=False) as (address, _):
         result = run("health", "--target", address)
+        refused = run("complete", "--target", address, "--connect-timeout", "0.3", "x")
     assert (result.stdout, result.exit_code) == ("NOT_SERVING\n", 3)
+    assert refused.exit_code == 3
+    assert "not ready within 0.3 s (NOT_SERVING)" in refused.stderr
 
 
 def test_standard_input_may_be_closed(target: str) -> None:
