@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from nanoinfer import Options
+from nanoinfer.cli import stack
 from nanoinfer.cli.app import app
+from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.v1 import gateway_pb2, generation_pb2
 from typer.testing import CliRunner
 
@@ -232,6 +235,30 @@ def test_exit_codes(
 def test_usage_errors(arguments: list[str], target: str) -> None:
     where = ["--target", target] if arguments[0] == "complete" else []
     assert run(*arguments[:1], *where, *arguments[1:]).exit_code == 2
+
+
+UP_ENVIRONMENT = {
+    "NANOINFER_PORT": "0",
+    "NANOINFER_METRICS_PORT": "9000",
+    "NANOINFER_LOG_LEVEL": "error",
+}
+
+
+def test_up_reads_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[StackSettings, Ports]] = []
+    monkeypatch.setattr(stack, "run_until_told", lambda *given, as_json: seen.append(given))
+    for name, value in UP_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    model = ["--model", str(tmp_path)]
+    assert run("up", *model).exit_code == 0
+    assert run("up", *model, "--port", "7", "--log-level", "info").exit_code == 0
+    assert [ports for _, ports in seen] == [Ports(0, 0, 9000), Ports(7, 0, 9000)]
+    assert [settings.log_level for settings, _ in seen] == ["error", "info"]
+    for name in UP_ENVIRONMENT:
+        monkeypatch.setenv(name, "much")
+        assert run("up", *model).exit_code == 2, name
+        monkeypatch.delenv(name)
+    assert len(seen) == 2
 
 
 def test_no_gateway() -> None:
