@@ -230,6 +230,7 @@ def test_exit_codes(
         ["trace", "--raw", "--system", "s", "y"],
         ["up", "--model", "/no/such/model"],
         ["serve", "nothing"],
+        ["models", "--target", ""],
     ],
 )
 def test_usage_errors(arguments: list[str], target: str) -> None:

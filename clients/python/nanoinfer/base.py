@@ -164,6 +164,8 @@ class ClientBase:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         tracer_provider: trace.TracerProvider | None = None,
     ) -> None:
+        if not target:
+            raise ValueError("target is empty")
         self.target = target
         arguments = _channel_options(wait_for_ready, max_message_bytes)
         if credentials is None:

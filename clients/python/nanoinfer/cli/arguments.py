@@ -48,6 +48,8 @@ class Gateway:
     @contextmanager
     def connect(self, tracer_provider: TracerProvider | None = None) -> Iterator[Client]:
         """A client whose gateway is ready."""
+        if not self.target:
+            raise typer.BadParameter("--target is empty")
         with Client(self.target, tracer_provider=tracer_provider) as client:
             with console.Progress(f"waiting for {self.target}"):
                 client.wait_until_ready(self.connect_timeout)
