@@ -13,7 +13,7 @@ from nanoinfer.v1 import gateway_pb2_grpc, generation_pb2
 from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.status import ServiceStatus
-from nanoinfer_common.telemetry import set_attributes
+from nanoinfer_common.telemetry import add_to_log_line, set_attributes
 from nanoinfer_common.validation import Limits
 from nanoinfer_common.write_slots import WriteSlots
 
@@ -213,6 +213,12 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
                     async for update in updates:
                         yield update
             finally:
+                usage = generation.usage()
+                add_to_log_line(
+                    tenant=metadata.tenant or "",
+                    prompt_tokens=usage.prompt_tokens,
+                    completion_tokens=usage.completion_tokens,
+                )
                 set_attributes(result_attributes(generation, request.model.id))
                 if generation.time_to_first_token_ns is not None:
                     self._metrics.first_token(generation.time_to_first_token_ns / 1e9)

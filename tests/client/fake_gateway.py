@@ -185,8 +185,8 @@ def running_gateway(
     checks = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     status = health_pb2.HealthCheckResponse
-    checks.set("", status.SERVING)
-    checks.set("readiness", status.SERVING if serving else status.NOT_SERVING)
+    for name in ("", "readiness"):
+        checks.set(name, status.SERVING if serving else status.NOT_SERVING)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from nanoinfer import Options
+from nanoinfer.cli import stack
 from nanoinfer.cli.app import app
+from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.v1 import gateway_pb2, generation_pb2
 from typer.testing import CliRunner
 
@@ -227,11 +230,36 @@ def test_exit_codes(
         ["trace", "--raw", "--system", "s", "y"],
         ["up", "--model", "/no/such/model"],
         ["serve", "nothing"],
+        ["models", "--target", ""],
     ],
 )
 def test_usage_errors(arguments: list[str], target: str) -> None:
     where = ["--target", target] if arguments[0] == "complete" else []
     assert run(*arguments[:1], *where, *arguments[1:]).exit_code == 2
+
+
+UP_ENVIRONMENT = {
+    "NANOINFER_PORT": "0",
+    "NANOINFER_METRICS_PORT": "9000",
+    "NANOINFER_LOG_LEVEL": "error",
+}
+
+
+def test_up_reads_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[StackSettings, Ports]] = []
+    monkeypatch.setattr(stack, "run_until_told", lambda *given, as_json: seen.append(given))
+    for name, value in UP_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    model = ["--model", str(tmp_path)]
+    assert run("up", *model).exit_code == 0
+    assert run("up", *model, "--port", "7", "--log-level", "info").exit_code == 0
+    assert [ports for _, ports in seen] == [Ports(0, 0, 9000), Ports(7, 0, 9000)]
+    assert [settings.log_level for settings, _ in seen] == ["error", "info"]
+    for name in UP_ENVIRONMENT:
+        monkeypatch.setenv(name, "much")
+        assert run("up", *model).exit_code == 2, name
+        monkeypatch.delenv(name)
+    assert len(seen) == 2
 
 
 def test_no_gateway() -> None:
@@ -292,7 +320,10 @@ def test_models_shows_defaults(target: str, behaviour: Behaviour) -> None:
 def test_health_of_a_server_that_is_not_ready(behaviour: Behaviour) -> None:
     with running_gateway(behaviour, serving=False) as (address, _):
         result = run("health", "--target", address)
+        refused = run("complete", "--target", address, "--connect-timeout", "0.3", "x")
     assert (result.stdout, result.exit_code) == ("NOT_SERVING\n", 3)
+    assert refused.exit_code == 3
+    assert "not ready within 0.3 s (NOT_SERVING)" in refused.stderr
 
 
 def test_standard_input_may_be_closed(target: str) -> None:

@@ -12,6 +12,7 @@ import grpc
 import nanoinfer
 import pytest
 from nanoinfer import Client, TokenLogprob
+from nanoinfer.base import RETRY_POLICY
 from nanoinfer.v1 import gateway_pb2, generation_pb2
 
 from tests.client.fake_gateway import SUMMARY, Behaviour, finish, refusal, running_gateway
@@ -329,6 +330,22 @@ def test_wait_until_ready(behaviour: Behaviour) -> None:
         started = time.monotonic()
         client.wait_until_ready(10)
         assert 0.1 < time.monotonic() - started < 3
+
+
+def test_a_gateway_without_upstreams_says_what_it_lacks(behaviour: Behaviour) -> None:
+    status = refusal(grpc.StatusCode.UNAVAILABLE, "NO_ENGINE", "no engine answers")
+
+    def refuse(request: Any, context: grpc.ServicerContext) -> Any:
+        context.abort_with_status(status)
+
+    behaviour.unary = refuse
+    with running_gateway(behaviour, serving=False) as (address, _), Client(address) as client:
+        started = time.monotonic()
+        with pytest.raises(nanoinfer.Unavailable) as caught:
+            client.generate("x", timeout=5)
+        assert time.monotonic() - started < 2
+    assert caught.value.reason == "NO_ENGINE"
+    assert len(behaviour.arrivals) == RETRY_POLICY["maxAttempts"]
 
 
 def test_batch_keeps_order_and_its_limit(client: Client, behaviour: Behaviour) -> None:

@@ -184,6 +184,43 @@ def test_metadata_that_cannot_travel(client: Client, options: Any) -> None:
         client.generate("x", **options)
 
 
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ({"role": "user", "content": "x", "name": "a"}, "'name'"),
+        ({"role": "user"}, "'content'"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "'type'"),
+        ({"role": "user", "content": {"image_url": "x"}}, "'image_url'"),
+        ({"role": "user", "content": b"x"}, "int"),
+        ("hello", "str"),
+    ],
+)
+def test_messages_of_another_form(client: Client, message: Any, named: str) -> None:
+    with pytest.raises(TypeError, match=named):
+        client.chat([message])
+    with pytest.raises(TypeError, match=named):
+        client.count_tokens([message])
+
+
+@pytest.mark.parametrize("prompt", [b"x", bytearray(b"x"), None, 5, {"role": "user"}])
+def test_what_is_no_prompt(client: Client, behaviour: Behaviour, prompt: Any) -> None:
+    for ask in (client.generate, client.stream):
+        with pytest.raises(TypeError, match="a prompt is text or token ids"):
+            ask(prompt)
+    assert behaviour.arrivals == []
+
+
+def test_one_prompt_is_no_batch(client: Client) -> None:
+    for prompts in ("abc", b"abc"):
+        with pytest.raises(TypeError, match="sequence of prompts"):
+            client.generate_batch(prompts)  # type: ignore[arg-type]
+
+
+def test_an_empty_target() -> None:
+    with pytest.raises(ValueError, match="target is empty"):
+        Client("")
+
+
 def test_prompts(client: Client, behaviour: Behaviour) -> None:
     client.generate("text")
     assert behaviour.arrivals[-1].request.text == "text"

@@ -186,13 +186,17 @@ def test_killed_outright_it_leaves_nothing_behind(events_file: Path) -> None:
 def test_what_the_services_are_told(
     events_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    for name in ("OTEL_SDK_DISABLED", "NANOINFER_PORT", "NANOINFER_LOG_LEVEL", "NANOINFER_DTYPE"):
+        monkeypatch.setenv(name, "x")
     settings = StackSettings(Path("some/model"), Path("some/tokenizer"), 2, commands=commands({}))
     ports = Ports(metrics_port=9000)
     with Interrupts() as interrupts, Stack(settings, interrupts, ports) as stack:
         spans_to = stack._environment()["OTEL_EXPORTER_OTLP_ENDPOINT"]
         assert spans_to == f"http://{stack.running.collector}"
         assert "OTEL_SDK_DISABLED" not in stack._environment()
+        passed_on = {name for name in stack._environment() if name.startswith("NANOINFER_")}
+        assert passed_on & {"NANOINFER_PORT", "NANOINFER_LOG_LEVEL"} == set()
+        assert "NANOINFER_DTYPE" in passed_on
     told = {event["name"]: " ".join(event["argv"][1:]) for event in events(events_file)}
     for name in ("tokenizer", "engine"):
         assert "--model some/model --tokenizer some/tokenizer" in told[name]

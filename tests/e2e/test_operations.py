@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -136,3 +137,25 @@ def test_an_invalid_setting_ends_the_start(module: str) -> None:
     assert result.returncode == 2
     assert "port" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_request_leaves_one_log_line_with_counts_and_no_text(own_stack: Stack) -> None:
+    options = gateway_pb2.GenerationOptions(
+        stopping=generation_pb2.StoppingParams(max_tokens=5, ignore_eos=True),
+        request_id="of-the-log",
+    )
+    request = gateway_pb2.GatewayServiceGenerateRequest(text="a secret prompt", options=options)
+    metadata = [("x-nanoinfer-tenant", "somebody")]
+    with grpc.insecure_channel(own_stack.gateway.address) as channel:
+        stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        stub.Generate(request, timeout=30, metadata=metadata)
+    for service, method in ((own_stack.gateway, "Generate"), (own_stack.engine, "Generate")):
+        lines = [line for line in service.log.read_text().splitlines() if "of-the-log" in line]
+        assert len(lines) == 1, lines
+        said = json.loads(lines[0])
+        assert said["method"].endswith(f"/{method}")
+        assert (said["code"], said["tenant"]) == ("OK", "somebody")
+        assert said["prompt_tokens"] > 0
+        assert said["completion_tokens"] == 5
+        assert said["duration_seconds"] > 0
+        assert "secret" not in service.log.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -79,6 +80,7 @@ async def test_the_least_loaded_replica_is_picked() -> None:
 
 
 async def test_requests_in_flight_here_count_before_any_report() -> None:
+    random.seed(7)  # two of three are drawn
     async with replicas_of(FakeEngine(), FakeEngine(), FakeEngine()) as (replicas, _, _):
         await eventually(lambda: num_candidates(replicas) == 3)
         held = AsyncExitStack()
@@ -87,9 +89,10 @@ async def test_requests_in_flight_here_count_before_any_report() -> None:
             replica = replicas.pick("fake")
             held.enter_context(replica.in_flight())
             picked.append(replica.target)
-        assert sorted(picked.count(target) for target in set(picked)) == [3, 3, 3]
+        counts = [picked.count(target) for target in set(picked)]
+        assert len(counts) == 3
+        assert max(counts) - min(counts) <= 2, "the better of two drawn keeps them near"
         await held.aclose()
-        assert len({replicas.pick("fake").target for _ in range(3)}) == 3
 
 
 async def test_a_full_replica_comes_last_and_a_closed_one_never() -> None:

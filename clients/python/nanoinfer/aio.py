@@ -43,8 +43,7 @@ class AsyncClient(ClientBase):
         self, prompts: Iterable[Prompt], *, max_concurrency: int = 32, **settings: Unpack[Options]
     ) -> list[Completion]:
         """`Client.generate_batch`, awaited."""
-        if max_concurrency < 1:
-            raise ValueError("max_concurrency must be at least 1")
+        queries.check_batch(prompts, max_concurrency)
         slots = asyncio.Semaphore(max_concurrency)
 
         async def one(prompt: Prompt) -> Completion:

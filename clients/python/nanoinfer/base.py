@@ -47,7 +47,11 @@ def package_version() -> str:
 
 
 def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple[str, str | int]]:
-    """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway."""
+    """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway.
+
+    No healthCheckConfig: a gateway without its upstreams says NOT_SERVING, yet answers a request
+    with what it lacks (NO_ENGINE); gating by health would make a wait of that answer.
+    """
     method_config = {
         "name": [{"service": SERVICE}],
         "waitForReady": wait_for_ready,
@@ -57,7 +61,6 @@ def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple
         "methodConfig": [method_config],
         "loadBalancingConfig": [{"round_robin": {}}],
         "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
-        "healthCheckConfig": {"serviceName": ""},
     }
     return [
         ("grpc.service_config", json.dumps(service_config)),
@@ -161,6 +164,8 @@ class ClientBase:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         tracer_provider: trace.TracerProvider | None = None,
     ) -> None:
+        if not target:
+            raise ValueError("target is empty")
         self.target = target
         arguments = _channel_options(wait_for_ready, max_message_bytes)
         if credentials is None:

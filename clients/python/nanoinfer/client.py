@@ -49,8 +49,7 @@ class Client(ClientBase):
 
         The engine batches what runs together. The first failure cancels the rest and is raised.
         """
-        if max_concurrency < 1:
-            raise ValueError("max_concurrency must be at least 1")
+        queries.check_batch(prompts, max_concurrency)
         slots = threading.Semaphore(max_concurrency)
         failed = threading.Event()
 

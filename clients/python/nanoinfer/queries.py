@@ -1,18 +1,19 @@
 """What each method of the clients asks for, and how the response reads; both clients share it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 from google.protobuf.message import Message as ProtoMessage
 
 from nanoinfer import options
-from nanoinfer.options import CallOptions, Messages, Options, Prompt
+from nanoinfer.options import CallOptions, Message, Messages, Options, Prompt
 from nanoinfer.results import Completion, completion
 from nanoinfer.v1 import gateway_pb2
 from nanoinfer.v1.generation_pb2 import ModelInfo, ServerInfo
 
 Result = TypeVar("Result")
+_BYTES = bytes | bytearray | memoryview  # iterables of int, yet no token ids
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def chat(messages: Messages, settings: Options) -> Query[Completion]:
 
 def stream(prompt: Prompt | Messages, settings: Options) -> Query[Completion]:
     """Streams the answer to a conversation, where messages are given, else to a prompt."""
-    if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         messages = {"messages": _messages(cast(Messages, prompt))}
         kind = gateway_pb2.GatewayServiceChatStreamRequest
         return _generation("ChatStream", kind, messages, settings)
@@ -95,16 +96,37 @@ def _plain(
     return Query(method, request, settings, lambda response, *_: read(response))
 
 
+def check_batch(prompts: Iterable[Prompt], max_concurrency: int) -> None:
+    """Raises TypeError for one prompt in place of several, ValueError for no concurrency."""
+    if isinstance(prompts, str | _BYTES):
+        raise TypeError(f"prompts are a sequence of prompts, not {type(prompts).__name__}")
+    if max_concurrency < 1:
+        raise ValueError("max_concurrency must be at least 1")
+
+
 def _prompt(prompt: Prompt) -> dict[str, Any]:
-    return {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}}
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    if not isinstance(prompt, Iterable) or isinstance(prompt, _BYTES | Mapping):
+        raise TypeError(f"a prompt is text or token ids, not {type(prompt).__name__}")
+    return {"token_ids": {"ids": prompt}}
 
 
 def _messages(messages: Messages) -> list[dict[str, Any]]:
     if isinstance(messages, str):
         raise TypeError("a conversation is a sequence of {'role', 'content'}, not a string")
-    found = []
-    for message in messages:
-        content = message["content"]
-        texts = [content] if isinstance(content, str) else content
-        found.append({"role": message["role"], "content": [{"text": text} for text in texts]})
-    return found
+    return [_message(message) for message in messages]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise TypeError(f"a message is {{'role', 'content'}}, not {type(message).__name__}")
+    if wrong := sorted(map(str, set(message) ^ {"role", "content"})):
+        raise TypeError(f"a message is {{'role', 'content'}}; unknown or missing: {wrong}")
+    content = message["content"]
+    texts = [content] if isinstance(content, str | Mapping) else list(content)
+    for text in texts:
+        if not isinstance(text, str):
+            what = list(text) if isinstance(text, Mapping) else type(text).__name__
+            raise TypeError(f"content is text, or pieces of text, not {what}")
+    return {"role": message["role"], "content": [{"text": text} for text in texts]}

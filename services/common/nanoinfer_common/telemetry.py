@@ -197,6 +197,11 @@ def enter_rpc(span: trace.Span, label: str) -> None:
     _label(label)
 
 
+def add_to_log_line(**values: str | int) -> None:
+    """Adds counts and labels to the line that the log gets at the RPC's end; never text."""
+    structlog.contextvars.bind_contextvars(**values)
+
+
 def _label(value: str) -> None:
     _request_id.set(value)
     structlog.contextvars.bind_contextvars(request_id=value)

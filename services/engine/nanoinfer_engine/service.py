@@ -151,6 +151,11 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             await self._send(stream, Answer(stream, model), context)
         finally:
             stream.close()
+            telemetry.add_to_log_line(
+                tenant=metadata.tenant or "",
+                prompt_tokens=len(requests[0].prompt_token_ids),
+                completion_tokens=sum(len(each.completion_token_ids) for each in requests),
+            )
             if not stream.is_live:
                 telemetry.set_attributes(latency_attributes(stream.slowest_request))
 

@@ -29,8 +29,13 @@ System = Annotated[str | None, typer.Option(help="A system message before the co
 ConnectTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the gateway.")]
 Target = Annotated[str, typer.Option(help="The gateway's address.", envvar="NANOINFER_TARGET")]
 _Level = Literal["debug", "info", "warning", "error"]
-_Port = typer.Option(min=0, max=65535, help="Where to listen; 0 is a free port.")
-_MetricsPort = typer.Option(min=0, max=65533, help="First of three ports with /metrics.")
+_LogLevel = typer.Option(help="Show logs from here on.", envvar="NANOINFER_LOG_LEVEL")
+_LISTEN = "Where to listen; 0 is a free port."
+_Port = typer.Option(min=0, max=65535, help=_LISTEN, envvar="NANOINFER_PORT")
+_CollectorPort = typer.Option(min=0, max=65535, help=_LISTEN)
+_MetricsPort = typer.Option(
+    min=0, max=65533, help="First of three ports with /metrics.", envvar="NANOINFER_METRICS_PORT"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Gateway:
     @contextmanager
     def connect(self, tracer_provider: TracerProvider | None = None) -> Iterator[Client]:
         """A client whose gateway is ready."""
+        if not self.target:
+            raise typer.BadParameter("--target is empty")
         with Client(self.target, tracer_provider=tracer_provider) as client:
             with console.Progress(f"waiting for {self.target}"):
                 client.wait_until_ready(self.connect_timeout)
@@ -57,7 +64,7 @@ class StackSettings:
     tokenizer: Annotated[Path | None, typer.Option(help="Where the model brings none.")] = None
     threads: Annotated[int | None, typer.Option(min=1, help="The engine's CPU threads.")] = None
     start_timeout: Annotated[float, typer.Option(min=1, help="Seconds to get ready in.")] = 300.0
-    log_level: Annotated[_Level | None, typer.Option(help="Show logs from here on.")] = None
+    log_level: Annotated[_Level | None, _LogLevel] = None
     commands: Mapping[str, Sequence[str]] | None = None
 
 
@@ -66,7 +73,7 @@ class Ports:
     """Where the gateway and the span collector listen; metrics: gateway, tokenizer, engine."""
 
     port: Annotated[int, _Port] = 50051
-    collector_port: Annotated[int, _Port] = 0
+    collector_port: Annotated[int, _CollectorPort] = 0
     metrics_port: Annotated[int | None, _MetricsPort] = None
 
 

@@ -226,9 +226,13 @@ class Stack:
         self._children[name] = _Child(name, whole, self._environment(), forward)
 
     def _environment(self) -> dict[str, str]:
-        """This process's, with every span going to the collector at once."""
+        """This process's, with every span going to the collector at once.
+
+        What `up` takes from it for the whole stack is left out: each service has flags instead.
+        """
         other = {name for name in os.environ if name.startswith("OTEL_")}
         other -= {"OTEL_RESOURCE_ATTRIBUTES"}
+        other |= {"NANOINFER_PORT", "NANOINFER_METRICS_PORT", "NANOINFER_LOG_LEVEL"}
         return {name: os.environ[name] for name in os.environ.keys() - other} | {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{self._collector.address}",
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
