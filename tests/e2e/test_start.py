@@ -13,9 +13,12 @@ import pytest
 from tests.e2e.conftest import GUIDE
 
 
-def start(module: str, model: Path) -> subprocess.CompletedProcess[str]:
+def start(module: str, model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, "--port", "0", "--metrics-port", "0", "--model", str(model)],
+        [
+            *(sys.executable, "-m", module, "--port", "0", "--metrics-port", "0"),
+            *("--model", str(model), *flags),
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -49,4 +52,11 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     result = start("nanoinfer_tokenizer", tmp_path)
     assert result.returncode == 1
     assert f"tokenizer of {tmp_path}" in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_device_that_is_not_there() -> None:
+    result = start("nanoinfer_engine", GUIDE, "--device", "cuda:7")
+    assert result.returncode == 1
+    assert "cuda:7" in result.stderr + result.stdout
     assert "Traceback" not in result.stderr + result.stdout

@@ -63,7 +63,7 @@ class ModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
-        dtype, device = _dtype(config.dtype), torch.device(config.device)
+        dtype, device = _dtype(config.dtype), _device(config.device)
         checkpoint = checkpoint or open_checkpoint(config.model_path)
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
@@ -196,6 +196,16 @@ class ModelRunner:
         options = SamplingOptions(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, seed=0)
         blocks = tuple(range(first_block, first_block + num_blocks))
         return BatchRow((0,) * length, 0, blocks, samples=True, sampling=options)
+
+
+def _device(name: str) -> torch.device:
+    """The device, if it is here; ValueError says which is not."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for what it lacks
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+    return torch.device(name)
 
 
 def _dtype(name: str) -> torch.dtype:
