@@ -128,7 +128,7 @@ def test_targets_lie_below_what_a_replica_takes(everything: list[Rendering]) -> 
                 assert targets["nanoinfer_tokenizer_inflight"] < settings.max_pending / 10
             if name == "engine":
                 running = targets["vllm:num_requests_running"]
-                assert running == settings.max_batch_requests * 3 / 4
+                assert running == settings.engine_config().max_batch_requests * 3 / 4
                 assert targets["vllm:num_requests_waiting"] < settings.max_waiting_requests
                 assert 0.6 <= targets["vllm:kv_cache_usage_perc"] <= 0.8
                 assert settings.metrics_prefix == "vllm:"
