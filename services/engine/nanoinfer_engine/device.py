@@ -45,6 +45,7 @@ def open_device(
         model_config.vocab_size,
         cache.block_size,
         config.max_batch_requests,
+        config.max_batch_tokens,
         -(-max_model_len // cache.block_size),
         cache.device,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoinfer_engine.attention.paged import PagedPlan, PromptPlan
 from nanoinfer_engine.batch import BatchRow
+from nanoinfer_engine.kernels.prompts import query_tiles
 from nanoinfer_engine.kernels.sampling import DeviceSampling
 from nanoinfer_engine.sampler import GREEDY_BELOW
 
@@ -211,42 +212,40 @@ def mixed_inputs(
     )
 
 
-def _prompt_arrays(prompts: Sequence[BatchRow], block_size: int) -> list[NDArray[np.int64]]:
-    """Slots and positions of the tokens, query and key starts, and the slots of every context."""
-    slots, positions, context = [], [], []
-    has_past = any(row.start for row in prompts)
+def _prompt_arrays(prompts: Sequence[BatchRow], block_size: int) -> list[NDArray[np.int64] | Ints]:
+    """What a `PromptPlan` holds, in its order."""
+    if not prompts:
+        return []
+    slots, positions = [], []
     for row in prompts:
-        all_positions = np.arange(row.context_length)
+        own = np.arange(row.start, row.context_length)
         blocks = np.asarray(row.block_ids, dtype=np.int64)
-        all_slots = blocks[all_positions // block_size] * block_size + all_positions % block_size
-        slots.append(all_slots[row.start :])
-        positions.append(all_positions[row.start :])
-        if has_past:
-            context.append(all_slots)
-    empty = [np.zeros(0, dtype=np.int64)]
-    starts = [
-        np.cumsum([0, *lengths])
-        for lengths in ([r.num_tokens for r in prompts], [r.context_length for r in prompts])
-    ]
+        slots.append(blocks[own // block_size] * block_size + own % block_size)
+        positions.append(own)
+    lengths = np.array([row.num_tokens for row in prompts])
+    contexts = np.array([row.context_length for row in prompts])
+    width = max(len(row.block_ids) for row in prompts)
     return [
-        np.concatenate(slots or empty),
-        np.concatenate(positions or empty),
-        *starts,
-        np.concatenate(context or empty),
+        np.concatenate(slots),
+        np.concatenate(positions),
+        np.cumsum([0, *lengths]),
+        contexts,
+        block_tables(prompts, width),
+        query_tiles(lengths, contexts),
     ]
 
 
 def _prompt_plan(prompts: Sequence[BatchRow], parts: Sequence[Tensor]) -> PromptPlan | None:
     if not prompts:
         return None
-    lengths = {row.num_tokens for row in prompts}
+    slots, positions, query_starts, contexts, tables, tiles = parts
+    lengths = {row.num_tokens if row.start == 0 else None for row in prompts}
     return PromptPlan(
-        slots=parts[0],
-        positions=parts[1],
-        query_starts=parts[2],
-        key_starts=parts[3],
-        max_queries=max(lengths),
-        max_keys=max(row.context_length for row in prompts),
-        context_slots=parts[4] if len(parts[4]) else None,
+        slots,
+        positions,
+        query_starts,
+        contexts,
+        tables.view(len(prompts), -1),
+        tiles.view(-1, 2),
         equal_length=lengths.pop() if len(lengths) == 1 else None,
     )

@@ -63,21 +63,22 @@ class DeviceSteps:
         vocab_size: int,
         block_size: int,
         max_rows: int,
+        max_tokens: int,
         max_blocks: int,
         device: torch.device,
     ) -> None:
-        """`max_rows` rows in a step at most, each of `max_blocks` blocks."""
+        """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_blocks` blocks."""
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._max_rows = max_rows
+        self._max_rows, self._max_tokens = max_rows, max_tokens
         self.graphs = DecodeGraphs(_GRAPH_MEMORY)
         self.timings: dict[str, float] = {}
 
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
-        self.timings = self._decoder.tune(self._max_rows, _PDL_ROWS)
+        self.timings = self._decoder.tune(self._max_rows, self._max_tokens, _PDL_ROWS)
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
         # a full collection over all that torch has made stops the steps for tens of milliseconds
         gc.collect()

@@ -13,17 +13,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nanoinfer_engine.kernels.cublaslt import Algorithm, multiply, proposals
 from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
 from nanoinfer_engine.kernels.norms import silu_mul
 from nanoinfer_engine.tuning import time_graph
 
 _LOG = logging.getLogger(__name__)
 
-Choice = GemvShape | TileShape | None
-"""None is cuBLAS."""
+Choice = GemvShape | TileShape | Algorithm | None
+"""None is what cuBLAS chooses by itself."""
 
 FEW_ROWS = (16, 32, 64)
 """Batch sizes up to which a kernel of our own is tried; beyond the last, cuBLAS multiplies."""
+
+_DECODE_STEP = 16
+_PROMPT_ROWS = tuple(256 << power for power in range(1, 9))
 
 _TUNED_BYTES = 256 << 20
 _GEMV_SHAPES = (
@@ -53,14 +57,14 @@ _TILE_SHAPES = (
 class Linear:
     """One matrix product of the decoder.
 
-    `gated` ends in SiLU · mul; `splittable` may give parts; `gain` is of the RMSNorm before it,
-    where a GEMV is to take that in.
+    `gated` ends in SiLU · mul; one that `joins` goes into the residual sum, so it may be added
+    there or given in parts; `gain` is of the RMSNorm before it, where a GEMV is to take that in.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     gated: bool = False
-    splittable: bool = False
+    joins: bool = False
     gain: Tensor | None = None
 
     @property
@@ -78,61 +82,93 @@ def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor
         return few_rows(
             x, linear.weight, output, choice, bias=linear.bias, gated=linear.gated, pdl=pdl
         )
-    product = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    if isinstance(choice, Algorithm):
+        product = torch.empty((len(x), len(linear.weight)), dtype=x.dtype, device=x.device)
+        multiply(x, linear.weight, product, choice)
+    else:
+        product = torch.nn.functional.linear(x, linear.weight, linear.bias)
     return (silu_mul(product, pdl=pdl) if linear.gated else product).unsqueeze(0)
+
+
+def join_linear(
+    x: Tensor, linear: Linear, choice: Choice, residual: Tensor, pdl: bool
+) -> Tensor | None:
+    """The same for a product that goes into `residual` [rows, out]; None once it is in there."""
+    if not linear.joins or isinstance(choice, TileShape):
+        return apply_linear(x, linear, choice, pdl)
+    if isinstance(choice, Algorithm):
+        multiply(x, linear.weight, residual, choice, add=True)
+    else:
+        torch.addmm(residual, x, linear.weight.t(), out=residual)
+    return None
 
 
 @dataclass
 class LinearTable:
     """The choices, by name of the product and batch size."""
 
-    _choices: dict[tuple[str, int], Choice] = field(default_factory=dict)
+    _choices: dict[str, dict[int, Choice]] = field(default_factory=dict)
 
-    def tune(self, name: str, linears: Sequence[Linear], pdl: bool) -> dict[str, float]:
-        """Measure product `name` on the weights of several layers; returns µs by candidate."""
+    def tune(
+        self, name: str, linears: Sequence[Linear], sizes: Sequence[int], pdl: bool
+    ) -> dict[str, float]:
+        """Measure product `name` on the weights of several layers; returns µs by candidate.
+
+        `sizes` are numbers of rows, ascending.
+        """
         count = max(1, min(len(linears), _TUNED_BYTES // linears[0].weight.nbytes + 1))
         sample = list(linears[:count])
         report: dict[str, float] = {}
-        for rows in (1, *FEW_ROWS):
+        chosen = self._choices.setdefault(name, {})
+        for rows in sizes:
             timings: dict[Choice, float] = {}
             for choice in _candidates(rows, sample[0]):
                 try:
                     timings[choice] = _time(sample, rows, choice, pdl)
                 except Exception as error:  # a shape this device cannot hold is no candidate
                     _LOG.debug("%s × %d: %s: %s", name, rows, choice, error)
-            best = min(timings, key=lambda each: timings[each])
-            self._choices[name, rows] = best
+            chosen[rows] = min(timings, key=lambda each: timings[each])
             report |= {f"{name} x{rows} {choice}": us for choice, us in timings.items()}
         return report
 
     def choice(self, name: str, rows: int) -> Choice:
-        """What multiplies `rows` rows; GEMV for one row alone."""
-        if rows == 1:
-            return self._choices.get((name, 1))
-        for bound in FEW_ROWS:
-            if rows <= bound:
-                return self._choices.get((name, bound))
-        return None
+        """What multiplies `rows` rows: what the next tuned size has; a GEMV for one row alone."""
+        chosen = self._choices.get(name, {})
+        if rows <= 1:
+            return chosen.get(1)
+        larger = [size for size in chosen if size >= rows]
+        return chosen[min(larger)] if larger else None
+
+
+def tuned_sizes(max_rows: int, max_tokens: int) -> list[int]:
+    """Numbers of rows at which products are measured: decode steps densely, prompts by doubling."""
+    decode = range(FEW_ROWS[-1] + _DECODE_STEP, max_rows + _DECODE_STEP, _DECODE_STEP)
+    prompts = [rows for rows in _PROMPT_ROWS if max_rows < rows < max_tokens]
+    return sorted({1, *FEW_ROWS, *decode, *prompts, max(max_tokens, max_rows)})
 
 
 def _candidates(rows: int, linear: Linear) -> list[Choice]:
     columns = linear.weight.shape[1]
     if rows == 1:
         return [shape for shape in _GEMV_SHAPES if shape.block_k < 2 * columns]
-    tiles: list[Choice] = [
-        shape
-        for shape in _TILE_SHAPES
-        if columns % (shape.block_k * shape.splits) == 0
-        and (shape.splits == 1 or linear.splittable)
-    ]
-    return [None, *tiles]
+    candidates: list[Choice] = [None]
+    if rows <= FEW_ROWS[-1]:
+        candidates += (
+            shape
+            for shape in _TILE_SHAPES
+            if columns % (shape.block_k * shape.splits) == 0 and (shape.splits == 1 or linear.joins)
+        )
+    if linear.bias is None:
+        candidates += proposals(rows, linear.weight)
+    return candidates
 
 
 def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> float:
     """Median microseconds of one product."""
     weight = linears[0].weight
     x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    output = torch.zeros(1, linears[0].num_outputs, device=weight.device, dtype=weight.dtype)
+    shape = (rows, linears[0].num_outputs)
+    output = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
 
     def run() -> None:
         for linear in linears:
@@ -145,10 +181,10 @@ def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> fl
                     bias=linear.bias,
                     gain=linear.gain,
                     gated=linear.gated,
-                    residual=linear.splittable,
+                    residual=linear.joins,
                     pdl=pdl,
                 )
             else:
-                apply_linear(x, linear, choice, pdl)
+                join_linear(x, linear, choice, output, pdl)
 
     return time_graph(run) / len(linears)

@@ -20,11 +20,20 @@ from nanoinfer_engine.kernels.decode import (
     decode_attention,
 )
 from nanoinfer_engine.kernels.heads import HeadTransform, rotate_and_write
+from nanoinfer_engine.kernels.prompts import PromptShape, prompt_attention
 from nanoinfer_engine.kv_cache import KVCache
 from nanoinfer_engine.tuning import time_graph
 
-# cuDNN builds a plan for each new shape: only for large steps of equal, round lengths
-_CUDNN_TOKENS, _CUDNN_MULTIPLE = 4096, 128
+# cuDNN plans each new shape for 40 to 800 ms: only for large steps of equal, round lengths
+_CUDNN_TOKENS, _CUDNN_MULTIPLE = 4096, 1024
+
+_PROMPT_SHAPES = (
+    PromptShape(64, 4, 3),
+    PromptShape(64, 8, 3),
+    PromptShape(128, 8, 2),
+    PromptShape(128, 8, 3),
+    PromptShape(64, 8, 4),
+)
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -46,16 +55,15 @@ _TUNED_CONTEXT, _TUNED_LAYERS = 768, 8
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """The rows with several tokens; all tensors on the device, lengths in tokens."""
+    """The rows with several tokens; all tensors int32 on the device."""
 
     slots: Tensor  # [tokens]
     positions: Tensor  # [tokens]
-    query_starts: Tensor  # [rows + 1] int32
-    key_starts: Tensor  # [rows + 1] int32
-    max_queries: int
-    max_keys: int
-    context_slots: Tensor | None  # [keys] where any row has a past
-    equal_length: int | None  # of all rows, if it is one
+    query_starts: Tensor  # [rows + 1]
+    contexts: Tensor  # [rows], new tokens counted
+    tables: Tensor  # [rows, any]
+    tiles: Tensor  # [tiles, 2], as `query_tiles` gives them
+    equal_length: int | None  # of all rows, if it is one and none has a past
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class PagedAttention:
         self._windows = tuple(sliding_windows)
         self._workspace = workspace
         self._shapes: dict[int, AttentionShape] = {}
+        self._prompt_shape = _PROMPT_SHAPES[0]
 
     def tune(self, heads: Heads, transform: HeadTransform, pdl_rows: int) -> dict[str, float]:
         """Choose a shape per number of rows; returns µs by candidate.
@@ -137,7 +146,7 @@ class PagedAttention:
     ) -> Tensor:
         """Transform heads, write K and V, attend; `heads` and `output` as in `decode_attention`.
 
-        Returns `output`, or other memory of the same shape, left as it came, for prompts alone.
+        Returns `output`.
         """
         count, window = plan.num_decode_rows, self._windows[layer]
         if count:
@@ -156,10 +165,7 @@ class PagedAttention:
             )
         if plan.prompts is not None:
             rest = (heads[0][count:], heads[1][count:], heads[2][count:])
-            attended = self._prompts(layer, rest, transform, plan.prompts, window)
-            if not count:
-                return attended
-            output[count:] = attended
+            self._prompts(layer, rest, transform, plan.prompts, window, output[count:])
         return output
 
     def _prompts(
@@ -169,35 +175,29 @@ class PagedAttention:
         transform: HeadTransform,
         plan: PromptPlan,
         window: int | None,
-    ) -> Tensor:
+        output: Tensor,
+    ) -> None:
         cache = self._cache.layer(layer)
         query, key = rotate_and_write(heads, cache, plan.slots, plan.positions, transform)
-        value = heads[2]
-        if plan.context_slots is not None:
-            key, value = (
-                cached.flatten(0, 1).index_select(0, plan.context_slots) for cached in cache
-            )
-        elif plan.equal_length is not None and window is None and _suits_cudnn(len(query), plan):
-            return _cudnn(query, key, value, plan.equal_length)
-        output: Tensor = torch.ops.aten._flash_attention_forward(
+        if plan.equal_length is not None and window is None and _suits_cudnn(plan):
+            output.copy_(_cudnn(query, key, heads[2], plan.equal_length))
+            return
+        prompt_attention(
             query,
-            key,
-            value,
+            cache,
+            plan.tables,
+            plan.tiles,
             plan.query_starts,
-            plan.key_starts,
-            plan.max_queries,
-            plan.max_keys,
-            0.0,
-            True,
-            False,
-            window_size_left=None if window is None else window - 1,
-            window_size_right=None if window is None else 0,
-        )[0]
-        return output
+            plan.contexts,
+            window,
+            output,
+            self._prompt_shape,
+        )
 
 
-def _suits_cudnn(num_tokens: int, plan: PromptPlan) -> bool:
-    return num_tokens >= _CUDNN_TOKENS and plan.max_queries % _CUDNN_MULTIPLE == 0
+def _suits_cudnn(plan: PromptPlan) -> bool:
+    length = plan.equal_length or 0
+    return length % _CUDNN_MULTIPLE == 0 and len(plan.slots) >= _CUDNN_TOKENS
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:

@@ -18,7 +18,14 @@ from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.kernels.heads import HeadTransform
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
-from nanoinfer_engine.linears import FEW_ROWS, Linear, LinearTable, apply_linear
+from nanoinfer_engine.linears import (
+    FEW_ROWS,
+    Linear,
+    LinearTable,
+    apply_linear,
+    join_linear,
+    tuned_sizes,
+)
 from nanoinfer_engine.models.decoder import Decoder, Layer
 
 MAX_FUSED_NORM = 2048
@@ -75,8 +82,11 @@ class FusedDecoder:
         layers = (cast(Layer, layer) for layer in model.layers)
         self._layers = [_fused_layer(layer, model, config) for layer in layers]
 
-    def tune(self, max_rows: int, pdl_rows: int) -> dict[str, float]:
-        """Choose kernels per batch size up to `max_rows`; returns µs by candidate."""
+    def tune(self, max_rows: int, max_tokens: int, pdl_rows: int) -> dict[str, float]:
+        """Choose kernels per batch size up to `max_rows` rows, or tokens of prompts.
+
+        Returns µs by candidate.
+        """
         heads = self._heads(
             torch.randn(
                 (max_rows, self._layers[0].products["qkv"].num_outputs),
@@ -86,10 +96,12 @@ class FusedDecoder:
         )
         report = self._backend.tune(heads, self._layers[0].transform, pdl_rows)
         pdl = pdl_rows >= FEW_ROWS[-1]
+        sizes = tuned_sizes(max_rows, max_tokens)
         for name in PRODUCTS[:-1]:
             linears = [layer.products[name] for layer in self._layers]
-            report |= self.table.tune(name, linears, pdl)
-        return report | self.table.tune("head", [self._head], pdl)
+            report |= self.table.tune(name, linears, sizes, pdl)
+        rows = [size for size in sizes if size <= max(max_rows, FEW_ROWS[-1])]
+        return report | self.table.tune("head", [self._head], rows, pdl)
 
     def forward(self, tokens: StepTokens, plan: PagedPlan, *, pdl: bool = False) -> Hidden:
         """All layers of a step; what they leave is not added up and not normalised yet."""
@@ -129,15 +141,20 @@ class FusedDecoder:
         delta: Tensor | None,
         plan: PagedPlan,
         pdl: bool,
-    ) -> Tensor:
-        """Add `delta` and this layer's attention to the residual; returns the MLP's parts."""
+    ) -> Tensor | None:
+        """Add `delta` and this layer's attention to the residual; returns the MLP's parts.
+
+        None where they are in the residual already.
+        """
         eps, hidden = self._config.norm_eps, torch.empty_like(residual)
         add_norm(residual, delta, layer.attention_gain, eps, hidden, pdl=pdl)
-        qkv = self._product("qkv", layer, hidden, pdl)[0]
-        parts = self._product("output", layer, self._attend(index, layer, qkv, plan, pdl), pdl)
+        qkv = self._product("qkv", layer, hidden, pdl)
+        attended = self._attend(index, layer, qkv, plan, pdl)
+        parts = self._join("output", layer, attended, residual, pdl)
         add_norm(residual, parts, layer.mlp_gain, eps, hidden, pdl=pdl)
-        inner = self._product("gate_up", layer, hidden, pdl)[0]
-        return self._product("down", layer, inner, pdl)
+        return self._join(
+            "down", layer, self._product("gate_up", layer, hidden, pdl), residual, pdl
+        )
 
     def _layer_of_one(
         self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan, pdl: bool
@@ -164,7 +181,13 @@ class FusedDecoder:
         return parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
 
     def _product(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool) -> Tensor:
-        return apply_linear(x, layer.products[name], self.table.choice(name, len(x)), pdl)
+        return apply_linear(x, layer.products[name], self.table.choice(name, len(x)), pdl)[0]
+
+    def _join(
+        self, name: str, layer: FusedLayer, x: Tensor, residual: Tensor, pdl: bool
+    ) -> Tensor | None:
+        choice = self.table.choice(name, len(x))
+        return join_linear(x, layer.products[name], choice, residual, pdl)
 
     def _normed_gemv(
         self, name: str, layer: FusedLayer, x: Tensor, gain: Tensor, pdl: bool
@@ -204,10 +227,10 @@ def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig) -> FusedLaye
     products = {
         "qkv": Linear(attention.qkv.weight, attention.qkv.bias, gain=gains[0]),
         "output": Linear(
-            attention.output.weight, attention.output.bias, splittable=attention.output.bias is None
+            attention.output.weight, attention.output.bias, joins=attention.output.bias is None
         ),
         "gate_up": Linear(mlp.gate_up.weight, mlp.gate_up.bias, gated=True, gain=gains[1]),
-        "down": Linear(mlp.down.weight, mlp.down.bias, splittable=mlp.down.bias is None),
+        "down": Linear(mlp.down.weight, mlp.down.bias, joins=mlp.down.bias is None),
     }
     norms = attention.query_norm, attention.key_norm
     head_gains = [None if norm is None else norm.weight for norm in norms]
