@@ -1,4 +1,4 @@
-"""Log-probabilities that are launched now and read later: those of `logprobs`, for the same rows."""
+"""Log-probabilities that are launched now and read later: the same as those of `logprobs`."""
 
 from __future__ import annotations
 
