@@ -216,7 +216,9 @@ def mixed_inputs(
     sampled_tokens = packer.add(ends[sampled] - 1)
     sampled_rows = tuple(order[i] for i in sampled)
     own_slots = {i: slots[row] for i, row in enumerate(sampled_rows) if row in slots}
-    options = packer.add(sampling_arrays([rows[i] for i in sampled_rows], own_slots))
+    arrays = sampling_arrays([rows[i] for i in sampled_rows], own_slots)
+    # each field at a multiple of 16 bytes: one compiled kernel serves any number of rows
+    options = packer.add(np.pad(arrays, ((0, 0), (0, -len(sampled_rows) % 4))))
     width = max((len(row.block_ids) for row in decoding), default=1)
     tables = packer.add(block_tables(decoding, width))
     contexts = packer.add([row.context_length for row in decoding])

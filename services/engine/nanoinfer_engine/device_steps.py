@@ -1,7 +1,7 @@
 """Steps on a CUDA device that return before they have run; ids reach the host one step late.
 
 A row may continue from an id that the previous step sampled and the host has not seen: the id is
-taken from device memory. Whatever a row asks for is done there, by a few launches more at most.
+taken from device memory. Whatever a row asks for is computed there: no row waits for the host.
 """
 
 from __future__ import annotations
