@@ -177,31 +177,6 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(card: ModelRunner) ->
     assert generate(card, texts, 30, options) == together
 
 
-def test_rows_that_need_the_host_share_steps_with_others(card: ModelRunner) -> None:
-    texts = prompts(5, 9)
-    plain = generate(card, texts, 30)
-    scheduler = Scheduler(
-        EngineConfig(model_path=GUIDE, max_batch_tokens=512, max_batch_requests=64),
-        Capacity(card.max_model_len, card.num_blocks * card.block_size),
-    )
-    pipeline = Pipeline(card)
-    stopping = StoppingOptions(30, 0, frozenset(), frozenset(), False)
-    options = [GREEDY, replace(GREEDY, num_logprobs=2), GREEDY, GREEDY, GREEDY]
-    requests = [
-        Request(str(i), 0, text, option, stopping, RequestTimes(arrived=0))
-        for i, (text, option) in enumerate(zip(texts, options, strict=True))
-    ]
-    for request in requests:
-        scheduler.add(request)
-    with_logprobs = 0
-    while scheduler.has_work or pipeline.is_busy:
-        step = pipeline.advance(scheduler.schedule())
-        for output in scheduler.update(step.batch, step.results) if step else []:
-            with_logprobs += sum(token.logprob is not None for token in output.tokens)
-    assert with_logprobs == 30
-    assert_same([list(r.completion_token_ids) for r in requests], plain, texts)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="no transformers")
 def test_bfloat16(card: ModelRunner) -> None:
     runner = make_runner("cuda", "bfloat16")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from nanoinfer_engine.batch import BatchRow
 from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.sampler import sample, uniform
+from nanoinfer_engine.sampler import sample
 
 sampling = pytest.importorskip("nanoinfer_engine.kernels.sampling")
+device_inputs = pytest.importorskip("nanoinfer_engine.device_inputs")
 
 pytestmark = pytest.mark.gpu
 
@@ -26,18 +27,11 @@ OPTIONS = [
 ]
 
 
-def device_sampling(rows: list[BatchRow], device: torch.device) -> sampling.DeviceSampling:
-    def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    options = [row.sampling for row in rows]
-    return sampling.DeviceSampling(
-        column([each.temperature for each in options]),
-        column([each.top_k for each in options], torch.int32),
-        column([each.top_p for each in options]),
-        column([each.min_p for each in options]),
-        column([uniform(row.sampling.seed, row.context_length) for row in rows]),
-    )
+def device_sampling(
+    rows: list[BatchRow], device: torch.device, slots: dict[int, int] | None = None
+) -> sampling.DeviceSampling:
+    fields = device_inputs.sampling_arrays(rows, slots or {})
+    return device_inputs.device_sampling(torch.from_numpy(fields).to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -64,6 +58,8 @@ def test_same_ids_as_on_the_host(vocab_size: int, dtype: torch.dtype, device: to
     assert len(set(ids)) > len(rows) // 4
 
 
+# the interpreter warns of infinity - infinity, which the kernel leaves out afterwards
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_row_that_is_not_finite_is_marked_alone(device: torch.device) -> None:
     logits = torch.randn(4, 5003, dtype=torch.float32).half()
     logits[1, 4000] = float("nan")

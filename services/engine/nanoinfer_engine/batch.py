@@ -25,7 +25,8 @@ class BatchRow:
     log-probabilities of those are asked for. A row may see blocks that another row of the same
     step fills: in each layer all keys and values are stored before any attention is computed.
     With `source_row` one more token follows `token_ids`: the one that this row of the previous
-    batch samples, whose id nobody here knows yet.
+    batch samples, whose id nobody here knows yet; `token_counts` lacks it too.
+    `request_number` tells the rows of one request from all others of the process.
     """
 
     token_ids: tuple[int, ...]
@@ -37,16 +38,12 @@ class BatchRow:
     token_counts: TokenCounts | None = None
     scored_token_ids: tuple[int, ...] = ()
     source_row: int | None = None
+    request_number: int = -1
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed for this row in this step."""
         return len(self.token_ids) + (self.source_row is not None)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a device can sample the row by itself, and go on before the host knows the id."""
-        return self.sampling.is_plain and not self.masked_token_ids and not self.scored_token_ids
 
     @property
     def context_length(self) -> int:

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 
 def padded_sizes(max_rows: int) -> list[int]:
@@ -26,6 +27,7 @@ class DecodeGraphs:
         """`memory_budget` in bytes: once capturing has taken it, the sizes left stay eager."""
         self._memory_budget = memory_budget
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._outputs: dict[int, Tensor] = {}
         self._sizes: list[int] = []
 
     @property
@@ -33,7 +35,7 @@ class DecodeGraphs:
         """The captured sizes, ascending."""
         return tuple(self._sizes)
 
-    def capture(self, run: Callable[[int], None], sizes: Sequence[int]) -> None:
+    def capture(self, run: Callable[[int], Tensor], sizes: Sequence[int]) -> None:
         """Capture `run(size)` for each size; it must only launch, on memory that stays."""
         pool = torch.cuda.graph_pool_handle()
         free_before = torch.cuda.mem_get_info()[0]
@@ -48,8 +50,10 @@ class DecodeGraphs:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                run(size)
+                output = run(size)
             self._graphs[size] = graph
+            self._outputs[size] = _borrowed(output)
+            del output
         self._sizes = sorted(self._graphs)
 
     def can_replay(self, num_rows: int) -> bool:
@@ -60,6 +64,32 @@ class DecodeGraphs:
         """The size of the graph that `replay(num_rows)` takes."""
         return self._sizes[bisect_left(self._sizes, num_rows)]
 
-    def replay(self, num_rows: int) -> None:
-        """Launch the smallest graph that holds `num_rows` rows."""
-        self._graphs[self.padded(num_rows)].replay()
+    def replay(self, num_rows: int) -> Tensor:
+        """Launch the smallest graph that holds `num_rows` rows.
+
+        Returns what it computes, to be read before the next replay is launched.
+        """
+        size = self.padded(num_rows)
+        self._graphs[size].replay()
+        return self._outputs[size]
+
+
+class _Place:
+    """The memory of a tensor, described for who reads it without owning it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": f"<i{tensor.element_size()}",
+            "data": (tensor.data_ptr(), False),
+            "version": 2,
+        }
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """A view of contiguous half-precision memory that the pool may give to the next graph.
+
+    Graphs run one after another: a graph's output stays in its place until another one runs. To
+    own the outputs of all sizes would take as much memory again as many of them.
+    """
+    return torch.as_tensor(_Place(tensor), device=tensor.device).view(tensor.dtype)

@@ -24,7 +24,8 @@ from nanoinfer_engine.sampler import GREEDY_BELOW
 
 Ints = NDArray[np.int32]
 
-_ROW_FIELDS = 8  # token, source, context, then the five of `sampling_arrays`
+_SAMPLING_FIELDS = 9  # as `DeviceSampling` has them
+_ROW_FIELDS = 3 + _SAMPLING_FIELDS  # token, source, context before them
 
 
 class DecodeBuffers:
@@ -36,8 +37,9 @@ class DecodeBuffers:
         size = _ROW_FIELDS * max_rows
         self._staging = torch.zeros(size + max_rows * max_blocks, dtype=torch.int32, device=device)
         fields = self._staging[:size].view(_ROW_FIELDS, max_rows)
-        self.token_ids, self.sources, self.contexts, self.top_k = fields[:4]
-        self._floats = fields[4:].view(torch.float32)
+        self.token_ids, self.sources, self.contexts = fields[:3]
+        self._sampling = fields[3:]
+        device_sampling(self._sampling).slot.fill_(-1)
         self.tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
 
     def plan(self, num_rows: int) -> PagedPlan:
@@ -46,11 +48,19 @@ class DecodeBuffers:
 
     def sampling(self, num_rows: int) -> DeviceSampling:
         """How the first `num_rows` rows choose."""
-        temperature, top_p, min_p, uniform = (field[:num_rows] for field in self._floats)
-        return DeviceSampling(temperature, self.top_k[:num_rows], top_p, min_p, uniform)
+        return device_sampling(self._sampling[:, :num_rows])
 
-    def fill(self, rows: Sequence[BatchRow], places: Mapping[int, int], padded: int) -> None:
-        """Bring `rows` in, padded to `padded` rows; returns before the copy has happened."""
+    def fill(
+        self,
+        rows: Sequence[BatchRow],
+        places: Mapping[int, int],
+        slots: Mapping[int, int],
+        padded: int,
+    ) -> None:
+        """Bring `rows` in, padded to `padded` rows; returns before the copy has happened.
+
+        `places` as in `sources`, `slots` as in `sampling_arrays`.
+        """
         count, width = len(rows), max(len(row.block_ids) for row in rows)
         size = _ROW_FIELDS * self._max_rows
         packed = np.zeros(size + count * width, dtype=np.int32)
@@ -59,7 +69,8 @@ class DecodeBuffers:
         fields[1, :count] = sources(rows, places)
         fields[1, count:padded] = -1
         fields[2, :count] = [row.context_length for row in rows]
-        fields[3:, :count] = sampling_arrays(rows)
+        fields[3:, :count] = sampling_arrays(rows, slots)
+        fields[4, count:padded] = -1  # nothing is counted for padding
         packed[size:] = block_tables(rows, width).reshape(-1)
         on_host = torch.from_numpy(packed).pin_memory()
         self._staging[: len(packed)].copy_(on_host, non_blocking=True)
@@ -81,12 +92,22 @@ def block_tables(rows: Sequence[BatchRow], width: int) -> Ints:
     return tables
 
 
-def sampling_arrays(rows: Sequence[BatchRow]) -> Ints:
-    """[5, rows]: top-k, and the bits of temperature, top-p, min-p and uniform number."""
+def device_sampling(fields: Tensor) -> DeviceSampling:
+    """Views of what `sampling_arrays` gave, [9, rows] int32 on the device."""
+    top_k, slot = fields[:2]
+    return DeviceSampling(top_k, slot, *fields[2:].view(torch.float32))
+
+
+def sampling_arrays(rows: Sequence[BatchRow], slots: Mapping[int, int]) -> Ints:
+    """[9, rows]: the fields of `DeviceSampling`, floats by their bits.
+
+    `slots` has the rows that are shaped, by their index.
+    """
     options = [row.sampling for row in rows]
-    arrays = np.empty((5, len(rows)), dtype=np.int32)
+    arrays = np.zeros((_SAMPLING_FIELDS, len(rows)), dtype=np.int32)
     arrays[0] = [each.top_k for each in options]
-    floats = arrays[1:].view(np.float32)
+    arrays[1] = -1
+    floats = arrays[2:].view(np.float32)
     floats[0] = [each.temperature for each in options]
     floats[0][floats[0] < GREEDY_BELOW] = 0
     floats[1] = [each.top_p for each in options]
@@ -94,8 +115,11 @@ def sampling_arrays(rows: Sequence[BatchRow]) -> Ints:
     if floats[0].any():
         seeds = np.array([each.seed & (2**64 - 1) for each in options], dtype=np.uint64)
         floats[3] = uniforms(seeds, np.array([row.context_length for row in rows], dtype=np.uint64))
-    else:
-        floats[3] = 0
+    for index, slot in slots.items():
+        own = options[index]
+        arrays[1, index] = slot
+        penalties = own.repetition_penalty, own.frequency_penalty, own.presence_penalty
+        floats[4:, index] = penalties
     return arrays
 
 
@@ -168,9 +192,13 @@ class _Packer:
 
 
 def mixed_inputs(
-    rows: Sequence[BatchRow], places: Mapping[int, int], block_size: int, device: torch.device
+    rows: Sequence[BatchRow],
+    places: Mapping[int, int],
+    slots: Mapping[int, int],
+    block_size: int,
+    device: torch.device,
 ) -> MixedInputs:
-    """Lay out a step of any mix; `places` as in `sources`."""
+    """Lay out a step of any mix; `places` as in `sources`, `slots` by index in `rows`."""
     late = reads_new_blocks(rows, block_size)
     is_prompt = [row.num_tokens > 1 or index in late for index, row in enumerate(rows)]
     order = sorted(range(len(rows)), key=lambda index: is_prompt[index])
@@ -187,7 +215,11 @@ def mixed_inputs(
     source = packer.add(origin)
     sampled = [i for i, row in enumerate(ordered) if row.samples]
     sampled_tokens = packer.add(ends[sampled] - 1)
-    options = packer.add(sampling_arrays([ordered[i] for i in sampled]))
+    sampled_rows = tuple(order[i] for i in sampled)
+    own_slots = {i: slots[row] for i, row in enumerate(sampled_rows) if row in slots}
+    arrays = sampling_arrays([rows[i] for i in sampled_rows], own_slots)
+    # each field at a multiple of 16 bytes: one compiled kernel serves any number of rows
+    options = packer.add(np.pad(arrays, ((0, 0), (0, -len(sampled_rows) % 4))))
     width = max((len(row.block_ids) for row in decoding), default=1)
     tables = packer.add(block_tables(decoding, width))
     contexts = packer.add([row.context_length for row in decoding])
@@ -199,16 +231,14 @@ def mixed_inputs(
         parts[contexts],
         _prompt_plan(prompts, [parts[i] for i in prompt_arrays]),
     )
-    top_k, floats = parts[options].view(5, -1)[0], parts[options].view(5, -1)[1:]
-    temperature, top_p, min_p, uniform = floats.view(torch.float32)
     return MixedInputs(
         tuple(order),
         parts[token_ids],
         parts[source],
         plan,
-        tuple(order[i] for i in sampled),
+        sampled_rows,
         parts[sampled_tokens],
-        DeviceSampling(temperature, top_k, top_p, min_p, uniform),
+        device_sampling(parts[options].view(_SAMPLING_FIELDS, -1)),
     )
 
 

@@ -1,23 +1,31 @@
 """Steps on a CUDA device that return before they have run; ids reach the host one step late.
 
 A row may continue from an id that the previous step sampled and the host has not seen: the id is
-taken from device memory. Rows that need more than temperature, top-k, top-p, min-p and a seed do
-not come here (`BatchRow.is_plain`).
+taken from device memory. Whatever a row asks for is computed there: no row waits for the host.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from nanoinfer_engine.batch import Batch, RowResult
+from nanoinfer_engine.batch import Batch, BatchRow, RowResult
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
 from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
+from nanoinfer_engine.device_logprobs import (
+    PromptScores,
+    SampledScores,
+    measure_prompts,
+    measure_sampled,
+)
+from nanoinfer_engine.device_shaping import ShapingSlots
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
-from nanoinfer_engine.models.fused import FusedDecoder, StepTokens
+from nanoinfer_engine.models.fused import FusedDecoder, Hidden, StepTokens
 from nanoinfer_engine.request import SampledToken
 
 _GRAPH_MEMORY = 4 << 30
@@ -28,34 +36,45 @@ _PDL_ROWS = 64
 class DeviceStep:
     """A launched step; `results` waits for it."""
 
-    def __init__(self, ids: Tensor | None, places: dict[int, int], num_rows: int) -> None:
-        """`ids` are being copied to the host; `places` says where a row's id is among them."""
-        self._ids = ids
-        self._num_rows = num_rows
-        self.places = places
+    def __init__(
+        self,
+        ids: Tensor | None,
+        places: Mapping[int, int],
+        results: list[RowResult],
+        scores: Sequence[SampledScores | PromptScores],
+    ) -> None:
+        """`ids` and `scores` are being copied to the host; `places` says where a row's id is.
+
+        `results` are those of the rows that are known to fail.
+        """
+        self._ids, self._places = ids, places
+        self._results, self._scores = results, scores
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
-        self._results: list[RowResult] | None = None
+        self._is_read = False
 
     def results(self) -> list[RowResult]:
         """One result per row of the batch; blocks until the device is done."""
-        if self._results is None:
+        if not self._is_read:
             self._event.synchronize()
             ids: list[int] = [] if self._ids is None else self._ids.tolist()
-            self._results = [None] * self._num_rows
-            for row, place in self.places.items():
-                self._results[row] = _result(ids[place])
+            for row, place in self._places.items():
+                if self._results[row] is None:
+                    self._results[row] = _result(ids[place])
+            for scores in self._scores:
+                scores.add_to(self._results)
+            self._is_read = True
         return self._results
 
 
 def _result(token_id: int) -> RowResult:
     if token_id < 0:
-        return SamplingError("logits are not finite")
+        return SamplingError("logits are not finite, or every token id is masked")
     return SampledToken(token_id)
 
 
 class DeviceSteps:
-    """Launches steps of plain rows over one model and cache."""
+    """Launches steps over one model and cache."""
 
     def __init__(
         self,
@@ -71,7 +90,9 @@ class DeviceSteps:
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
+        self._slots = ShapingSlots(self._workspace.counts, self._workspace.bias)
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._places: dict[int, int] = {}  # of the last step's rows in `_sampled`
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self.graphs = DecodeGraphs(_GRAPH_MEMORY)
         self.timings: dict[str, float] = {}
@@ -84,40 +105,62 @@ class DeviceSteps:
         gc.collect()
         gc.freeze()
 
-    def launch(self, batch: Batch, places: dict[int, int]) -> DeviceStep:
-        """Run `batch`; `places` are the previous step's, for rows that continue from it."""
-        decodes = all(row.num_tokens == 1 and row.samples for row in batch.rows)
-        if decodes and not reads_new_blocks(batch.rows, self._block_size):
-            return self._launch_decode(batch, places)
-        inputs = mixed_inputs(batch.rows, places, self._block_size, self._device)
-        tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
-        hidden = self._decoder.forward(tokens, inputs.plan)
-        count = len(inputs.sampled_rows)
-        if not count:
-            return DeviceStep(None, {}, len(batch.rows))
-        logits = self._decoder.logits(hidden.select(inputs.sampled_tokens))
-        choose(logits, inputs.sampling, self._workspace, self._sampled)
-        new_places = {row: place for place, row in enumerate(inputs.sampled_rows)}
-        return DeviceStep(self._to_host(count), new_places, len(batch.rows))
+    def launch(self, batch: Batch) -> DeviceStep:
+        """Run `batch`, whose rows may continue from ids of the batch launched before it."""
+        rows, places = batch.rows, self._places
+        slots, failed = self._slots.place(rows, places, self._sampled)
+        decodes = all(row.num_tokens == 1 and row.samples for row in rows)
+        logits: Tensor | None
+        prompts: list[PromptScores] = []
+        if decodes and not reads_new_blocks(rows, self._block_size):
+            logits = self._decode(rows, places, slots)
+            self._places = {row: row for row in range(len(rows))}
+        else:
+            logits, prompts = self._run_mixed(rows, places, slots)
+        ids, scores = None, []
+        if logits is not None:
+            ids = self._to_host(len(self._places))
+            scores = measure_sampled(rows, self._places, logits, self._sampled)
+        results = [failed.get(row) for row in range(len(rows))]
+        return DeviceStep(ids, self._places, results, [*scores, *prompts])
 
-    def _launch_decode(self, batch: Batch, places: dict[int, int]) -> DeviceStep:
-        count = len(batch.rows)
+    def _decode(
+        self, rows: Sequence[BatchRow], places: Mapping[int, int], slots: Mapping[int, int]
+    ) -> Tensor:
+        """Run rows of one token each; returns their logits, which the next step overwrites."""
+        count = len(rows)
         replays = self.graphs.can_replay(count)
         padded = self.graphs.padded(count) if replays else count
-        self._buffers.fill(batch.rows, places, padded)
-        if replays:
-            self.graphs.replay(count)
-        else:
-            self.run_decode(count)
-        return DeviceStep(self._to_host(count), {row: row for row in range(count)}, count)
+        self._buffers.fill(rows, places, slots, padded)
+        return self.graphs.replay(count) if replays else self.run_decode(count)
 
-    def run_decode(self, num_rows: int) -> None:
-        """Launch a decode step on the static buffers; what the graphs capture."""
+    def _run_mixed(
+        self, rows: Sequence[BatchRow], places: Mapping[int, int], slots: Mapping[int, int]
+    ) -> tuple[Tensor | None, list[PromptScores]]:
+        """Run rows of any kind; returns the logits of those that sample, and prompts' scores."""
+        inputs = mixed_inputs(rows, places, slots, self._block_size, self._device)
+        tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
+        hidden = self._decoder.forward(tokens, inputs.plan)
+        self._places = {row: place for place, row in enumerate(inputs.sampled_rows)}
+        logits = None
+        if self._places:
+            logits = self._decoder.logits(hidden.select(inputs.sampled_tokens))
+            choose(logits, inputs.sampling, self._workspace, self._sampled)
+        prompts = measure_prompts(rows, inputs.order, partial(self._logits_of, hidden))
+        return logits, prompts
+
+    def _logits_of(self, hidden: Hidden, first: int, count: int) -> Tensor:
+        tokens = torch.arange(first, first + count, device=self._device)
+        return self._decoder.logits(hidden.select(tokens))
+
+    def run_decode(self, num_rows: int) -> Tensor:
+        """Launch a decode step on the static buffers; what the graphs capture. Its logits."""
         pdl, buffers = num_rows <= _PDL_ROWS, self._buffers
         tokens = StepTokens(buffers.token_ids[:num_rows], buffers.sources[:num_rows], self._sampled)
         hidden = self._decoder.forward(tokens, buffers.plan(num_rows), pdl=pdl)
         logits = self._decoder.logits(hidden, pdl=pdl)
         choose(logits, buffers.sampling(num_rows), self._workspace, self._sampled, pdl=pdl)
+        return logits
 
     def _to_host(self, count: int) -> Tensor:
         ids = torch.empty(count, dtype=torch.int32, pin_memory=True)

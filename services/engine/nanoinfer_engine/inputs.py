@@ -71,14 +71,3 @@ def _block_tables(batch: Batch) -> NDArray[np.int64]:
         tables[index, :count] = row.block_ids
         tables[index, count:] = row.block_ids[-1]
     return tables
-
-
-def tail_slots(batch: Batch, block_size: int) -> Tensor:
-    """The slots behind each row's context in its last block, [any] int64 on the host."""
-    slots = [
-        row.block_ids[end // block_size] * block_size + offset
-        for row in batch.rows
-        if (end := row.context_length) % block_size
-        for offset in range(end % block_size, block_size)
-    ]
-    return torch.tensor(slots, dtype=torch.int64)

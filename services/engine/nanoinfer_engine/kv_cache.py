@@ -76,8 +76,3 @@ class KVCache:
         number, but not a NaN or infinity that an earlier owner left behind.
         """
         self._planes.index_fill_(1, blocks, 0)
-
-    def clear_slots(self, slots: Tensor) -> None:
-        """The same for single slots."""
-        slots = slots.to(self.device)
-        self._slots.view(-1, *self._slots.shape[2:]).index_fill_(1, slots, 0)

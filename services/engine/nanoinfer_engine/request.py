@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 
 MAX_EVENTS = 16
 
@@ -52,11 +53,9 @@ class SamplingOptions:
     logprob_token_ids: tuple[int, ...] = ()
 
     @cached_property
-    def is_plain(self) -> bool:
-        """Whether nothing but temperature, top-k, top-p, min-p and the seed has a say."""
-        return self == SamplingOptions(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.seed
-        )
+    def shapes_logits(self) -> bool:
+        """Whether penalties, bias or allowed ids change the logits before the choice."""
+        return self.has_penalties or bool(self.logit_bias) or self.allowed_token_ids is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -110,13 +109,14 @@ class TokenCounts:
 
     `token_ids` are in the order of their first occurrence; `counts` says how often each occurred in
     the completion, 0 for an id of the prompt alone. Both are int64 and no longer than the
-    vocabulary, however long the request.
+    vocabulary, however long the request. `num_counted` completion tokens have come.
     """
 
     def __init__(self, prompt_token_ids: Iterable[int]) -> None:
         """Count nothing yet: the prompt's ids have occurred 0 times in the completion."""
         self.token_ids = array("q", dict.fromkeys(prompt_token_ids))
         self.counts = array("q", bytes(self.token_ids.itemsize * len(self.token_ids)))
+        self.num_counted = 0
         self._positions = {token_id: i for i, token_id in enumerate(self.token_ids)}
 
     def add(self, token_id: int) -> None:
@@ -126,6 +126,7 @@ class TokenCounts:
             self.token_ids.append(token_id)
             self.counts.append(0)
         self.counts[position] += 1
+        self.num_counted += 1
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,8 @@ class Request:
     `num_computed_tokens` counts the tokens (prompt, then completion) whose K and V are in
     `block_ids`; preemption sets it back to 0. `num_in_flight_tokens` more are being computed by
     steps that have not ended, and `num_unread_tokens` ids are sampled there that nobody knows yet.
-    `may_run_ahead` says whether a step may be planned on such an id. `deadline` is in monotonic
-    nanoseconds. `events` are names (preempted, resumed) with monotonic nanoseconds, at most
-    MAX_EVENTS.
+    `deadline` is in monotonic nanoseconds. `events` are names (preempted, resumed) with monotonic
+    nanoseconds, at most MAX_EVENTS. `number` is another one for every request of the process.
     `token_counts` is there where penalties are; `prompt_logprobs` has one entry for each prompt
     token but the first, as far as they are computed, where they are asked for.
     `block_names` names the contents of full blocks in order; `num_cached_tokens` says how many
@@ -193,13 +193,13 @@ class Request:
     deadline: int | None = None
     cache_salt: str | None = None
     num_bytes: int = 0
+    number: int = field(default_factory=count().__next__)
     # owned by the scheduler
     arrival_number: int = 0
     completion_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     num_unread_tokens: int = 0
-    may_run_ahead: bool = True
     block_ids: list[int] = field(default_factory=list)
     block_names: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
@@ -240,11 +240,11 @@ class Request:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether the next step can be planned without an id that is still to be read."""
+        """Whether a token is to come after those that are still to be read, as far as is known."""
         if not self.num_unread_tokens:
             return True
         num_completion_tokens = len(self.completion_token_ids) + self.num_unread_tokens
-        return self.may_run_ahead and num_completion_tokens < self.stopping.max_tokens
+        return num_completion_tokens < self.stopping.max_tokens
 
     def append(self, token_id: int) -> None:
         """Add a completion token."""

@@ -24,7 +24,6 @@ def make_rows(
         row = _make_row(request, num_tokens, blocks, last_rows.get(request))
         request.num_in_flight_tokens += num_tokens
         request.num_unread_tokens += row.samples
-        request.may_run_ahead = row.is_plain
         request.num_steps += 1
         request.num_prefill_chunks += request.times.first_token is None
         request.max_batch_size = max(request.max_batch_size, len(grants))
@@ -47,6 +46,7 @@ def _make_row(request: Request, num_tokens: int, num_blocks: int, last_row: int 
         token_counts=request.token_counts,
         scored_token_ids=request.scored_token_ids(start, stop),
         source_row=last_row if stop > request.num_tokens else None,
+        request_number=request.number,
     )
 
 

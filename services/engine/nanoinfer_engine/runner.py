@@ -7,7 +7,7 @@ block ownership. Not thread-safe: one thread calls it.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +16,11 @@ from nanoinfer_engine.attention import make_backend
 from nanoinfer_engine.batch import Batch, BatchRow, RowResult, Step
 from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
 from nanoinfer_engine.config import EngineConfig, ModelConfig
-from nanoinfer_engine.inputs import build_inputs, tail_slots
+from nanoinfer_engine.inputs import build_inputs
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for
 from nanoinfer_engine.logprobs import score_prompts
 from nanoinfer_engine.models import build_model, checkpoint_layout
-from nanoinfer_engine.request import SampledToken, SamplingOptions
+from nanoinfer_engine.request import SamplingOptions
 from nanoinfer_engine.sampler import sample
 from nanoinfer_engine.weights import Progress, load_weights
 
@@ -75,7 +75,6 @@ class ModelRunner:
             self._model, checkpoint, layout, device, progress
         )
         self._device, self._dtype = device, dtype
-        self._last: Step = FinishedStep([])
         self.num_blocks: int = self._num_blocks()
         self._use(self._make_cache(self.num_blocks))
 
@@ -123,7 +122,7 @@ class ModelRunner:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether `launch` returns before a step of plain rows has run."""
+        """Whether `launch` returns before the step has run."""
         return self._steps is not None
 
     def execute(self, batch: Batch) -> list[RowResult]:
@@ -136,27 +135,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
-        """Begin a step; one that the device cannot sample by itself is run to its end here."""
-        self._last = self._launch(batch)
-        return self._last
-
-    def _launch(self, batch: Batch) -> Step:
+        """Begin a step; where the device has no fused steps it is run to its end here."""
         if self._steps is None:
             return FinishedStep(self._run(batch))
-        if not all(row.is_plain for row in batch.rows):
-            return FinishedStep(self._run(_with_known_ids(batch, self._last)))
-        places = getattr(self._last, "places", None)
-        if places is None:
-            return self._steps.launch(_with_known_ids(batch, self._last), {})
-        return self._steps.launch(batch, places)
+        return self._steps.launch(batch)
 
     def _run(self, batch: Batch) -> list[RowResult]:
         """The plain path, on any device: the model as it is written, sampling on the host."""
         inputs = build_inputs(batch, self.block_size, self._device)
         if len(inputs.new_blocks):
             self._cache.clear(inputs.new_blocks)
-        if self._steps is not None:
-            self._cache.clear_slots(tail_slots(batch, self.block_size))
         plan = self._backend.plan(inputs.attention)
         hidden = self._model(inputs.token_ids, inputs.positions, self._backend, plan)
         results: list[RowResult] = [None] * len(batch.rows)
@@ -212,25 +200,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _with_known_ids(batch: Batch, last: Step) -> Batch:
-    """`batch` with the ids in it that `last` has sampled; waits for `last`.
-
-    A row whose source failed gets id 0: its request ends before anybody sees what comes of it.
-    """
-    if all(row.source_row is None for row in batch.rows):
-        return batch
-    results = last.results()
-
-    def known(row: BatchRow) -> BatchRow:
-        if row.source_row is None:
-            return row
-        result = results[row.source_row]
-        token_id = result.token_id if isinstance(result, SampledToken) else 0
-        return replace(row, token_ids=(*row.token_ids, token_id), source_row=None)
-
-    return Batch(tuple(known(row) for row in batch.rows))
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -9,7 +9,7 @@ import pytest
 from nanoinfer_engine.batch import Batch, RowResult
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
+from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken, TokenCounts
 from nanoinfer_engine.scheduler import Scheduler
 
 from tests.engine.fakes import FakeRunner, expected_tokens, make_config, make_request
@@ -41,7 +41,6 @@ class AheadRunner(FakeRunner):
         rows = []
         for row in batch.rows:
             if row.source_row is not None:
-                assert row.is_plain
                 assert not self.steps[-1].was_read
                 self.num_ahead += 1
                 result = self.steps[-1].row_results[row.source_row]
@@ -100,16 +99,34 @@ def test_a_stop_id_costs_one_step_whose_token_nobody_sees() -> None:
     assert loop.scheduler.load.kv_usage == 0
 
 
-def test_rows_that_the_host_samples_do_not_run_ahead() -> None:
+def test_rows_run_ahead_whatever_they_ask_for() -> None:
     loop = Loop()
     masked = make_request([11, 12, 13], max_tokens=6, min_tokens=4, stop=[5])
     scored = make_request([21, 22], max_tokens=6, num_logprobs=1)
-    loop.add(masked, scored)
+    penalised = make_request([31, 32], max_tokens=6)
+    penalised.sampling = replace(penalised.sampling, presence_penalty=1.0, num_prompt_logprobs=0)
+    penalised.token_counts = TokenCounts(penalised.prompt_token_ids)
+    loop.add(masked, scored, penalised)
     loop.run()
+    assert loop.runner.num_ahead == 3 * 5
     assert scored.completion_token_ids == expected_tokens([21, 22], 6)
-    assert len(masked.completion_token_ids) >= 4
-    assert loop.runner.num_ahead <= 2  # `masked` after its minimum
+    assert penalised.completion_token_ids == expected_tokens([31, 32], 6)
+    assert penalised.token_counts.num_counted == 6
     assert all(o.tokens[0].logprob for o in loop.outputs if o.request is scored)
+
+
+def test_ids_are_held_back_until_the_unread_tokens_make_up_the_minimum() -> None:
+    tokens = expected_tokens([11, 12, 13], 4)
+    loop = Loop()
+    # the third of these would be the stop id: it is held back for two tokens, unread ones included
+    request = make_request([11, 12, 13], max_tokens=8, min_tokens=2, stop=[tokens[2]])
+    loop.add(request)
+    loop.run()
+    masks = [
+        row.masked_token_ids for batch in loop.runner.batches for row in batch.rows if row.samples
+    ]
+    assert [bool(mask) for mask in masks[:4]] == [True, True, False, False]
+    assert request.completion_token_ids == tokens[:3]
 
 
 def test_a_cancelled_request_gives_its_blocks_back_with_a_step_in_flight() -> None:

@@ -1,10 +1,11 @@
 """Token choice on the device, with the same distribution as `sampler`: no sort, no host.
 
 One pass over the logits in slices finds each slice's best id and its share of the softmax; a
-second kernel, one program a row, picks. Half-precision logits have at most 65,536 values, so the
-thresholds of top-k and top-p come exactly from 16 halvings of an order-preserving integer, each a
-count over the row. The drawn id is where the cumulative distribution, in id order, passes the
-row's uniform number.
+second kernel, one program a row, picks: the id where the cumulative distribution, in id order,
+passes the row's uniform number.
+
+A row with a slot is shaped (`kernels.shaping`) into a float32 copy first and its id is counted:
+half precision would swallow a small penalty. Rows without a slot pay nothing for it.
 """
 
 from __future__ import annotations
@@ -16,37 +17,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoinfer_engine.kernels.drawing import draw
 from nanoinfer_engine.kernels.launch import ceil_div, pdl_options, power_of_two
+from nanoinfer_engine.kernels.shaping import count_token, shaped
 
 _SLICE = 4096
 
 
 @dataclass(frozen=True)
 class DeviceSampling:
-    """How each row chooses, all [rows] float32 but `top_k` int32; temperature 0 is greedy."""
+    """How each row chooses, all [rows] float32 but `top_k` and `slot` int32.
 
-    temperature: Tensor
+    Temperature 0 is greedy. The penalties are read where `slot` is not negative.
+    """
+
     top_k: Tensor
+    slot: Tensor
+    temperature: Tensor
     top_p: Tensor
     min_p: Tensor
     uniform: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
 
 
 class SamplingWorkspace:
-    """The slices' results, for rows of `vocab_size` logits."""
+    """The slices' results, for rows of `vocab_size` logits, and the tables of shaped rows."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
-        """Room for `max_rows` rows."""
+        """Room for `max_rows` rows, all of them shaped: 12 bytes for each id of each row."""
         shape = (max_rows, ceil_div(vocab_size, _SLICE))
         self.best = torch.empty(shape, dtype=torch.float32, device=device)
         self.best_ids = torch.empty(shape, dtype=torch.int32, device=device)
         self.weights = torch.empty(shape, dtype=torch.float32, device=device)
+        table = (max_rows, vocab_size)
+        self.counts = torch.zeros(table, dtype=torch.int32, device=device)
+        self.bias = torch.zeros(table, dtype=torch.float32, device=device)
+        self.shaped = torch.empty(table, dtype=torch.float32, device=device)
 
 
 @triton.jit
 def _slices_kernel(
     logits,
+    slots,
     temperature,
+    repetition,
+    frequency,
+    presence,
+    counts,
+    bias,
+    shaped_logits,
     best,
     best_ids,
     weights,
@@ -58,10 +79,15 @@ def _slices_kernel(
     row, part = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    slot = tl.load(slots + row)
+    if PDL:
         tl.extra.cuda.gdc_wait()
     ids = part * SLICE + tl.arange(0, SLICE)
     x = tl.load(logits + row.to(tl.int64) * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
     x = x.to(tl.float32)
+    if slot >= 0:
+        x = shaped(x, ids, slot, repetition, frequency, presence, counts, bias, row, VOCAB)
+        tl.store(shaped_logits + row.to(tl.int64) * VOCAB + ids, x, mask=ids < VOCAB)
     # a maximum may pass over NaN; a NaN must end its row
     top = tl.where(tl.sum((x != x).to(tl.int32), axis=0) > 0, float("nan"), tl.max(x, axis=0))
     place = row * SLICES + part
@@ -73,47 +99,13 @@ def _slices_kernel(
 
 
 @triton.jit
-def _key(x):
-    """Order-preserving integer of half-precision values, 0 to 65,535."""
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)
-
-
-@triton.jit
-def _mass(
-    logits, threshold, least, top, t, COUNT: tl.constexpr, VOCAB: tl.constexpr, SLICE: tl.constexpr
-):
-    """Number, or softmax weight, of the ids whose key is at least `threshold` and `least`."""
-    total = tl.zeros([SLICE], tl.float32)
-    for start in range(0, VOCAB, SLICE):
-        ids = start + tl.arange(0, SLICE)
-        x = tl.load(logits + ids, mask=ids < VOCAB, other=float("-inf"))
-        chosen = (_key(x) >= threshold) & (_key(x) >= least) & (ids < VOCAB)
-        weight = tl.full([SLICE], 1.0, tl.float32)
-        if not COUNT:
-            weight = tl.exp((x.to(tl.float32) - top) / t)
-        total += tl.where(chosen, weight, 0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _largest_key(
-    logits, wanted, least, top, t, COUNT: tl.constexpr, VOCAB: tl.constexpr, SLICE: tl.constexpr
-):
-    """The largest key at and above which the ids' number or weight reaches `wanted`."""
-    key = 0
-    for step in range(16):
-        trial = key + (32768 >> step)
-        if _mass(logits, trial, least, top, t, COUNT, VOCAB, SLICE) >= wanted:
-            key = trial
-    return key
-
-
-@triton.jit
 def _choose_kernel(
     logits,
-    temperature,
+    shaped_logits,
+    counts,
     top_k,
+    slots,
+    temperature,
     top_p,
     min_p,
     uniform,
@@ -135,6 +127,7 @@ def _choose_kernel(
     p = tl.load(top_p + row)
     share = tl.load(min_p + row)
     number = tl.load(uniform + row)
+    slot = tl.load(slots + row)
     if PDL:
         tl.extra.cuda.gdc_wait()
     parts = tl.arange(0, SLICES_PAD)
@@ -145,75 +138,19 @@ def _choose_kernel(
     token = tl.load(best_ids + row * SLICES + winner)
     bad = bad | (top == float("inf")) | (top == float("-inf"))
     if (t > 0) & (k != 1) & (bad == 0):
-        own = logits + row.to(tl.int64) * VOCAB
+        own = row.to(tl.int64) * VOCAB
         here = tl.load(weights + row * SLICES + parts, mask=parts < SLICES, other=0.0)
         scales = tl.where(parts < SLICES, tl.exp((tops - top) / t), 0.0)
-        slice_weights = tl.where(tops == float("-inf"), 0.0, here * scales)
-        least = 0
-        if (k > 0) & (k < VOCAB):
-            least = _largest_key(own, k.to(tl.float32), 0, top, t, True, VOCAB, SLICE)
-        if p < 1:
-            total = _mass(own, 0, least, top, t, False, VOCAB, SLICE)
-            crossing = _largest_key(own, total * p, least, top, t, False, VOCAB, SLICE)
-            least = tl.maximum(least, crossing)
-        floor = float("-inf")
-        if share > 0:
-            floor = top + t * tl.log(share)
-        if (least > 0) | (share > 0):
-            slice_weights = _slice_weights(own, least, floor, top, t, VOCAB, SLICES_PAD, SLICE)
-        token = _draw(own, slice_weights, number, least, floor, top, t, VOCAB, SLICES_PAD, SLICE)
+        shares = tl.where(tops == float("-inf"), 0.0, here * scales)
+        if slot >= 0:
+            wide = shaped_logits + own
+            token = draw(wide, shares, k, p, share, number, top, t, VOCAB, SLICES_PAD, SLICE)
+        else:
+            half = logits + own
+            token = draw(half, shares, k, p, share, number, top, t, VOCAB, SLICES_PAD, SLICE)
+    if (slot >= 0) & (bad == 0):
+        count_token(counts, slot, token, VOCAB)
     tl.store(sampled + row, tl.where(bad, -1, token))
-
-
-@triton.jit
-def _slice_weights(
-    logits, least, floor, top, t, VOCAB: tl.constexpr, SLICES_PAD: tl.constexpr, SLICE: tl.constexpr
-):
-    """[SLICES_PAD]: the softmax weight of what the filters leave of each slice."""
-    parts = tl.arange(0, SLICES_PAD)
-    weights = tl.zeros([SLICES_PAD], tl.float32)
-    for start in range(0, VOCAB, SLICE):
-        value = tl.sum(_weights_at(logits, start, least, floor, top, t, VOCAB, SLICE), axis=0)
-        weights = tl.where(parts == start // SLICE, value, weights)
-    return weights
-
-
-@triton.jit
-def _weights_at(logits, start, least, floor, top, t, VOCAB: tl.constexpr, SLICE: tl.constexpr):
-    """[SLICE] softmax weights from id `start`, 0 where a filter drops the id."""
-    ids = start + tl.arange(0, SLICE)
-    x = tl.load(logits + ids, mask=ids < VOCAB, other=float("-inf"))
-    kept = (_key(x) >= least) & (x.to(tl.float32) >= floor) & (ids < VOCAB)
-    return tl.where(kept, tl.exp((x.to(tl.float32) - top) / t), 0.0)
-
-
-@triton.jit
-def _draw(
-    logits,
-    slice_weights,
-    number,
-    least,
-    floor,
-    top,
-    t,
-    VOCAB: tl.constexpr,
-    SLICES_PAD: tl.constexpr,
-    SLICE: tl.constexpr,
-):
-    """The id at which the cumulative weight, in id order, passes `number` of the total."""
-    parts = tl.arange(0, SLICES_PAD)
-    cumulative = tl.cumsum(slice_weights, axis=0)
-    target = number * tl.max(cumulative, axis=0)
-    # the last slice with any weight is the answer where rounding carries the target past the end
-    last = tl.max(tl.where(slice_weights > 0, parts, 0), axis=0)
-    part = tl.minimum(tl.sum((cumulative <= target).to(tl.int32), axis=0), last)
-    before = tl.sum(tl.where(parts < part, slice_weights, 0.0), axis=0)
-    weights = _weights_at(logits, part * SLICE, least, floor, top, t, VOCAB, SLICE)
-    inner = tl.cumsum(weights, axis=0) + before
-    offsets = tl.arange(0, SLICE)
-    last_inner = tl.max(tl.where(weights > 0, offsets, 0), axis=0)
-    place = tl.min(tl.where((inner > target) & (weights > 0), offsets, SLICE), axis=0)
-    return part * SLICE + tl.minimum(place, last_inner)
 
 
 def choose(
@@ -230,12 +167,18 @@ def choose(
     """
     rows, vocab_size = logits.shape
     slices = ceil_div(vocab_size, _SLICE)
+    results = (workspace.best, workspace.best_ids, workspace.weights)
     _slices_kernel[(rows, slices)](
         logits,
+        sampling.slot,
         sampling.temperature,
-        workspace.best,
-        workspace.best_ids,
-        workspace.weights,
+        sampling.repetition,
+        sampling.frequency,
+        sampling.presence,
+        workspace.counts,
+        workspace.bias,
+        workspace.shaped,
+        *results,
         VOCAB=vocab_size,
         SLICES=slices,
         SLICE=_SLICE,
@@ -244,14 +187,15 @@ def choose(
     )
     _choose_kernel[(rows,)](
         logits,
-        sampling.temperature,
+        workspace.shaped,
+        workspace.counts,
         sampling.top_k,
+        sampling.slot,
+        sampling.temperature,
         sampling.top_p,
         sampling.min_p,
         sampling.uniform,
-        workspace.best,
-        workspace.best_ids,
-        workspace.weights,
+        *results,
         sampled,
         VOCAB=vocab_size,
         SLICES=slices,
