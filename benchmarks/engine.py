@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from nanoinfer_engine.batch import StepTiming
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.pipeline import Pipeline
@@ -58,12 +59,21 @@ GREEDY = SamplingOptions(0.0, 0, 1.0, 0.0, 0)
 
 @dataclass
 class Run:
-    """Wall seconds, and host time between the steps."""
+    """Wall seconds, and what the steps say of themselves."""
 
     seconds: float
     num_tokens: int
-    num_steps: int
+    steps: list[StepTiming]
     host_seconds: float
+
+    @property
+    def details(self) -> dict[str, float]:
+        """Host time a step, and the device's share of time without a task."""
+        busy, idle = (sum(getattr(step, name) for step in self.steps) for name in ("busy", "idle"))
+        return {
+            "host_ms_per_step": 1e3 * self.host_seconds / len(self.steps),
+            "idle_share": idle / (busy + idle),
+        }
 
 
 class Bench:
@@ -96,22 +106,19 @@ class Bench:
             )
         torch.cuda.synchronize()
         began = time.perf_counter()
-        host, num_tokens, num_steps = 0.0, 0, 0
+        pipeline.resume()
+        num_tokens, host, steps = 0, 0.0, []
         while scheduler.has_work or pipeline.is_busy:
-            before = time.perf_counter()
-            batch = scheduler.schedule()
-            host += time.perf_counter() - before
-            step = pipeline.advance(batch)
+            step = pipeline.advance(scheduler.schedule())
             if step is not None:
-                before = time.perf_counter()
                 outputs = scheduler.update(step.batch, step.results)
-                host += time.perf_counter() - before
                 num_tokens += sum(len(output.tokens) for output in outputs)
-                num_steps += 1
+                steps.append(step.timing)
+                host += step.host
         expected = sum(num_output for _, num_output in lengths)
         if num_tokens != expected:
             raise RuntimeError(f"{num_tokens} tokens came, {expected} were asked for")
-        return Run(time.perf_counter() - began, num_tokens, num_steps, host)
+        return Run(time.perf_counter() - began, num_tokens, steps, host)
 
     def scenario(self, name: str) -> tuple[int, float, dict[str, float]]:
         """Batch, tokens per second and what else is worth knowing, of one run."""
@@ -120,22 +127,16 @@ class Bench:
             lengths = [(source.randint(100, 1024), source.randint(100, 1024)) for _ in range(256)]
             sampling = SamplingOptions(0.6, 0, 1.0, 0.0, 0)
             run = self.run(lengths, sampling, 1)
-            details = {
-                "host_ms_per_step": 1e3 * run.host_seconds / run.num_steps,
-                "steps": run.num_steps,
-            }
+            details = {"steps": len(run.steps), **run.details}
             return 256, run.num_tokens / run.seconds, details
         if name == "d":
             run = self.run([(2048, 1)] * 32, GREEDY, 1)
-            return 32, 32 * 2048 / run.seconds, {}
+            return 32, 32 * 2048 / run.seconds, run.details
         batch, num_prompt, num_output = (1, 128, 512) if name == "a" else (int(name[1:]), 512, 256)
         first = self.run([(num_prompt, 1)] * batch, GREEDY, 1)
         whole = self.run([(num_prompt, num_output)] * batch, GREEDY, 1)
         seconds = whole.seconds - first.seconds
-        details = {
-            "ms_per_step": 1e3 * seconds / (num_output - 1),
-            "host_ms_per_step": 1e3 * whole.host_seconds / whole.num_steps,
-        }
+        details = {"ms_per_step": 1e3 * seconds / (num_output - 1), **whole.details}
         return batch, batch * (num_output - 1) / seconds, details
 
 

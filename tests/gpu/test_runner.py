@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow
+from nanoinfer_engine.batch import Batch, BatchRow, EndedStep
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.pipeline import Pipeline
@@ -150,6 +151,34 @@ def test_graphs_equal_eager_at_the_same_padded_size(card: ModelRunner) -> None:
     finally:
         steps.graphs.replay = replay
     assert with_graphs == eager
+
+
+def test_steps_say_what_the_device_did(card: ModelRunner) -> None:
+    config = EngineConfig(model_path=GUIDE, max_batch_tokens=512, max_batch_requests=64)
+    scheduler = Scheduler(config, Capacity(card.max_model_len, card.num_blocks * card.block_size))
+    pipeline = Pipeline(card)
+    stopping = StoppingOptions(50, 0, frozenset(), frozenset(), False)
+    for index, prompt in enumerate(prompts(8, 21, longest=50)):
+        scheduler.add(Request(str(index), 0, prompt, GREEDY, stopping, RequestTimes(arrived=0)))
+    steps: list[EndedStep] = []
+    began = time.perf_counter()
+    while scheduler.has_work or pipeline.is_busy:
+        step = pipeline.advance(scheduler.schedule())
+        if step is not None:
+            scheduler.update(step.batch, step.results, step.timing.kind)
+            steps.append(step)
+    seconds = time.perf_counter() - began
+    kinds = [step.timing.kind for step in steps]
+    assert kinds == ["eager", *["graph"] * 49]
+    busy = sum(step.timing.busy for step in steps)
+    idle = sum(step.timing.idle for step in steps)
+    assert all(step.timing.busy > 0 for step in steps)
+    assert all(step.timing.idle >= 0 for step in steps)
+    assert steps[0].timing.idle == 0
+    assert 0 <= idle / (busy + idle) < 1
+    # device and host, each by its own clock, were no longer at it than the run lasted
+    assert 0.5 * seconds < busy + idle < 1.05 * seconds
+    assert 0 < sum(step.host for step in steps) < seconds
 
 
 def test_chunked_prefill_beside_decoding(card: ModelRunner) -> None:

@@ -7,7 +7,7 @@ anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -48,8 +48,17 @@ class DecodeBuffers:
         temperature, top_p, min_p, uniform = (field[:num_rows] for field in self._floats)
         return DeviceSampling(temperature, self.top_k[:num_rows], top_p, min_p, uniform)
 
-    def fill(self, rows: Sequence[BatchRow], places: Mapping[int, int], padded: int) -> None:
-        """Bring `rows` in, padded to `padded` rows; returns before the copy has happened."""
+    def fill(
+        self,
+        rows: Sequence[BatchRow],
+        places: Mapping[int, int],
+        padded: int,
+        begin: Callable[[], None],
+    ) -> None:
+        """Bring `rows` in, padded to `padded` rows; returns before the copy has happened.
+
+        `begin` is called just before the copy, the first that the device has to do with the step.
+        """
         count, width = len(rows), max(len(row.block_ids) for row in rows)
         size = _ROW_FIELDS * self._max_rows
         packed = np.zeros(size + count * width, dtype=np.int32)
@@ -61,6 +70,7 @@ class DecodeBuffers:
         fields[3:, :count] = sampling_arrays(rows)
         packed[size:] = block_tables(rows, width).reshape(-1)
         on_host = torch.from_numpy(packed).pin_memory()
+        begin()
         self._staging[: len(packed)].copy_(on_host, non_blocking=True)
         tables = self._staging[size : len(packed)].view(count, width)
         self.tables[:count, :width].copy_(tables)
@@ -152,12 +162,13 @@ class _Packer:
         self._arrays.append(np.asarray(values, dtype=np.int32).reshape(-1))
         return len(self._arrays) - 1
 
-    def upload(self, device: torch.device) -> list[Tensor]:
+    def upload(self, device: torch.device, begin: Callable[[], None]) -> list[Tensor]:
         # every array starts at a multiple of 16 bytes, for kernels that load in vectors
         padded = [np.pad(array, (0, -len(array) % 4)) for array in self._arrays]
         on_host = torch.from_numpy(np.concatenate(padded))
         if device.type == "cuda":
             on_host = on_host.pin_memory()
+        begin()
         on_device = on_host.to(device, non_blocking=True)
         ends = np.cumsum([len(array) for array in padded]).tolist()
         return [
@@ -167,9 +178,13 @@ class _Packer:
 
 
 def mixed_inputs(
-    rows: Sequence[BatchRow], places: Mapping[int, int], block_size: int, device: torch.device
+    rows: Sequence[BatchRow],
+    places: Mapping[int, int],
+    block_size: int,
+    device: torch.device,
+    begin: Callable[[], None],
 ) -> MixedInputs:
-    """Lay out a step of any mix; `places` as in `sources`."""
+    """Lay out a step of any mix; `places` as in `sources`, `begin` as in `fill`."""
     late = reads_new_blocks(rows, block_size)
     is_prompt = [row.num_tokens > 1 or index in late for index, row in enumerate(rows)]
     order = sorted(range(len(rows)), key=lambda index: is_prompt[index])
@@ -191,7 +206,7 @@ def mixed_inputs(
     tables = packer.add(block_tables(decoding, width))
     contexts = packer.add([row.context_length for row in decoding])
     prompt_arrays = [packer.add(each) for each in _prompt_arrays(prompts, block_size)]
-    parts = packer.upload(device)
+    parts = packer.upload(device, begin)
     plan = PagedPlan(
         len(decoding),
         parts[tables].view(len(decoding), width),

@@ -12,9 +12,10 @@ import gc
 import torch
 from torch import Tensor
 
-from nanoinfer_engine.batch import Batch, RowResult
+from nanoinfer_engine.batch import Batch, RowResult, StepTiming
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
 from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
+from nanoinfer_engine.device_timing import DeviceClock, StepEvents
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
 from nanoinfer_engine.models.fused import FusedDecoder, StepTokens
@@ -28,24 +29,29 @@ _PDL_ROWS = 64
 class DeviceStep:
     """A launched step; `results` waits for it."""
 
-    def __init__(self, ids: Tensor | None, places: dict[int, int], num_rows: int) -> None:
+    def __init__(
+        self, ids: Tensor | None, places: dict[int, int], num_rows: int, events: StepEvents
+    ) -> None:
         """`ids` are being copied to the host; `places` says where a row's id is among them."""
         self._ids = ids
         self._num_rows = num_rows
         self.places = places
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        self._events = events
         self._results: list[RowResult] | None = None
 
     def results(self) -> list[RowResult]:
         """One result per row of the batch; blocks until the device is done."""
         if self._results is None:
-            self._event.synchronize()
+            self._events.wait()
             ids: list[int] = [] if self._ids is None else self._ids.tolist()
             self._results = [None] * self._num_rows
             for row, place in self.places.items():
                 self._results[row] = _result(ids[place])
         return self._results
+
+    def timing(self) -> StepTiming:
+        """After `results`: by the device's clock."""
+        return self._events.timing()
 
 
 def _result(token_id: int) -> RowResult:
@@ -74,6 +80,7 @@ class DeviceSteps:
         self._max_rows = max_rows
         self.graphs = DecodeGraphs(_GRAPH_MEMORY)
         self.timings: dict[str, float] = {}
+        self._clock = DeviceClock()
 
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
@@ -88,27 +95,30 @@ class DeviceSteps:
         decodes = all(row.num_tokens == 1 and row.samples for row in batch.rows)
         if decodes and not reads_new_blocks(batch.rows, self._block_size):
             return self._launch_decode(batch, places)
-        inputs = mixed_inputs(batch.rows, places, self._block_size, self._device)
+        inputs = mixed_inputs(batch.rows, places, self._block_size, self._device, self._clock.begin)
         tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
         hidden = self._decoder.forward(tokens, inputs.plan)
         count = len(inputs.sampled_rows)
         if not count:
-            return DeviceStep(None, {}, len(batch.rows))
+            return DeviceStep(None, {}, len(batch.rows), self._clock.end("eager"))
         logits = self._decoder.logits(hidden.select(inputs.sampled_tokens))
         choose(logits, inputs.sampling, self._workspace, self._sampled)
         new_places = {row: place for place, row in enumerate(inputs.sampled_rows)}
-        return DeviceStep(self._to_host(count), new_places, len(batch.rows))
+        ids = self._to_host(count)
+        return DeviceStep(ids, new_places, len(batch.rows), self._clock.end("eager"))
 
     def _launch_decode(self, batch: Batch, places: dict[int, int]) -> DeviceStep:
         count = len(batch.rows)
         replays = self.graphs.can_replay(count)
         padded = self.graphs.padded(count) if replays else count
-        self._buffers.fill(batch.rows, places, padded)
+        self._buffers.fill(batch.rows, places, padded, self._clock.begin)
         if replays:
             self.graphs.replay(count)
         else:
             self.run_decode(count)
-        return DeviceStep(self._to_host(count), {row: row for row in range(count)}, count)
+        ids = self._to_host(count)
+        events = self._clock.end("graph" if replays else "eager")
+        return DeviceStep(ids, {row: row for row in range(count)}, count, events)
 
     def run_decode(self, num_rows: int) -> None:
         """Launch a decode step on the static buffers; what the graphs capture."""

@@ -12,6 +12,11 @@ from nanoinfer_engine.request import Request
 _STEPS_TO_GROW = 256
 
 
+def order(request: Request) -> tuple[int, int]:
+    """Of running requests: higher priority first, then arrival."""
+    return (-request.priority, request.arrival_number)
+
+
 @dataclass
 class Plan:
     """Tokens granted to each request, and what is left to grant."""

@@ -208,6 +208,7 @@ class Request:
     num_waiting_at_arrival: int = 0
     max_batch_size: int = 0
     num_steps: int = 0
+    num_graph_replays: int = 0
     max_blocks: int = 0
     events: list[tuple[str, int]] = field(default_factory=list)
     token_counts: TokenCounts | None = None

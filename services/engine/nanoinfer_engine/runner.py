@@ -7,13 +7,13 @@ block ownership. Not thread-safe: one thread calls it.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult, Step
+from nanoinfer_engine.batch import Batch, BatchRow, FinishedStep, RowResult, Step
 from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.inputs import build_inputs, tail_slots
@@ -33,17 +33,6 @@ ATTENTION_BACKEND = "reference"
 
 def report_nothing(loaded: int, total: int) -> None:
     """The progress callback of a caller that does not watch."""
-
-
-@dataclass(frozen=True)
-class FinishedStep:
-    """A step that had run by the time `launch` returned."""
-
-    row_results: list[RowResult]
-
-    def results(self) -> list[RowResult]:
-        """One result per row."""
-        return self.row_results
 
 
 class ModelRunner:
