@@ -13,6 +13,8 @@ from torch import Tensor
 class RandomCheckpoint:
     """Every tensor that `config` needs, drawn anew at each read; norm gains are near 1."""
 
+    num_shards = 1
+
     def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype) -> None:
         self.config = config
         self._device, self._dtype = device, dtype
@@ -24,6 +26,9 @@ class RandomCheckpoint:
             for kind in ("weight", "bias")
             if (shape := shapes.get(f"{source.ours}.{kind}")) is not None
         }
+
+    def shard(self, name: str) -> int:
+        return 0
 
     def read(self, name: str) -> Tensor:
         shape = self.shapes[name]

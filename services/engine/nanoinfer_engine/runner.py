@@ -20,19 +20,16 @@ from nanoinfer_engine.inputs import build_inputs, tail_slots
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for
 from nanoinfer_engine.logprobs import score_prompts
 from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.progress import Progress, report_nothing
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.sampler import sample
-from nanoinfer_engine.weights import Progress, load_weights
+from nanoinfer_engine.weights import load_weights
 
 if TYPE_CHECKING:
     from nanoinfer_engine.device_steps import DeviceSteps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_BACKEND = "reference"
-
-
-def report_nothing(loaded: int, total: int) -> None:
-    """The progress callback of a caller that does not watch."""
 
 
 class ModelRunner:
