@@ -183,7 +183,7 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--shape", choices=LIMITS, required=True)
     parser.add_argument("--scenarios", nargs="+", default=list(LIMITS["8b"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")

@@ -84,5 +84,18 @@ SHAPES = {
         qk_norm=False,
         theta=5e5,
     ),
+    "tiny": _decoder(
+        "llama",
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        tie_word_embeddings=False,
+        qk_norm=False,
+        theta=1e4,
+    ),
 }
-"""Qwen3-0.6B and Llama-3.1-8B."""
+"""Qwen3-0.6B, Llama-3.1-8B, and one that any machine runs in a moment."""
