@@ -104,11 +104,10 @@ def transformers_model() -> torch.nn.Module:
     return model.eval()
 
 
-def test_logits_against_transformers(card: ModelRunner) -> None:
-    (prompt,) = prompts(1, 3)
-    prompt = prompt[:200] if len(prompt) > 200 else prompt
+def device_logits(runner: ModelRunner, prompt: tuple[int, ...]) -> torch.Tensor:
+    """Of the prompt's last token, as the fused decoder gives them."""
     seen: list[torch.Tensor] = []
-    steps = card._steps
+    steps = runner._steps
     assert steps is not None
     original = steps._decoder.logits
 
@@ -118,14 +117,45 @@ def test_logits_against_transformers(card: ModelRunner) -> None:
 
     steps._decoder.logits = spy
     try:
-        blocks = tuple(range(-(-len(prompt) // card.block_size)))
-        card.execute(Batch((BatchRow(prompt, 0, blocks, True, GREEDY),)))
+        blocks = tuple(range(-(-len(prompt) // runner.block_size)))
+        runner.execute(Batch((BatchRow(prompt, 0, blocks, True, GREEDY),)))
     finally:
         del steps._decoder.logits
+    return seen[0][0].double().cpu()
+
+
+def test_logits_against_transformers(card: ModelRunner) -> None:
+    (prompt,) = prompts(1, 3)
+    prompt = prompt[:200] if len(prompt) > 200 else prompt
+    actual = device_logits(card, prompt)
     with torch.inference_mode():
         expected = transformers_model()(torch.tensor([prompt])).logits[0, -1].double()
-    actual = seen[0][0].double().cpu()
     assert float((actual - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_a_gate_of_gelu_against_transformers(activation: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000}
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(hidden_act=activation, **sizes, **heads)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    model.save_pretrained(tmp_path)
+    runner = make_runner("cuda", "float16", model_path=tmp_path, max_batch_requests=8)
+    runner.warm_up()
+    assert runner._steps is not None
+    runner._steps.graphs._sizes.clear()  # a replay calls nothing that could be watched
+    source = random.Random(2)
+    for length in (1, 20, 150):  # a decode step (GEMV), few rows, and cuBLAS
+        prompt = tuple(source.randrange(1000) for _ in range(length))
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0, -1].double()
+        actual = device_logits(runner, prompt)
+        assert float((actual - expected).norm() / expected.norm()) < 1e-2
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])

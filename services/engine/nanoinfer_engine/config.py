@@ -80,7 +80,8 @@ class ModelConfig:
 
     `topology` is "decoder" (Llama family: RMSNorm, RoPE, gated MLP) or "gpt2" (LayerNorm, learned
     positions, plain MLP). `sliding_windows` has one entry per layer: the number of last positions
-    a token sees, itself included, or None for all. `rope` is unused by "gpt2". `eos_token_ids` are
+    a token sees, itself included, or None for all. `activation` is "silu" ("decoder" alone), "gelu"
+    (exact) or "gelu_tanh" (its approximation). `rope` is unused by "gpt2". `eos_token_ids` are
     those that the checkpoint itself declares. Raises CheckpointError where fields contradict.
     """
 

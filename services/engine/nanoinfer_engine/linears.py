@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
-from nanoinfer_engine.kernels.norms import silu_mul
+from nanoinfer_engine.kernels.norms import gate_mul
 from nanoinfer_engine.tuning import time_graph
 
 _LOG = logging.getLogger(__name__)
@@ -53,13 +53,14 @@ _TILE_SHAPES = (
 class Linear:
     """One matrix product of the decoder.
 
-    `gated` ends in SiLU · mul; `splittable` may give parts; `gain` is of the RMSNorm before it,
-    where a GEMV is to take that in.
+    `gated` ends in `activation` · mul; `splittable` may give parts; `gain` is of the RMSNorm before
+    it, where a GEMV is to take that in.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     gated: bool = False
+    activation: str = "silu"
     splittable: bool = False
     gain: Tensor | None = None
 
@@ -76,10 +77,19 @@ def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor
         dtype = torch.float32 if choice.splits > 1 else x.dtype
         output = torch.empty((choice.splits, *shape), dtype=dtype, device=x.device)
         return few_rows(
-            x, linear.weight, output, choice, bias=linear.bias, gated=linear.gated, pdl=pdl
+            x,
+            linear.weight,
+            output,
+            choice,
+            bias=linear.bias,
+            gated=linear.gated,
+            activation=linear.activation,
+            pdl=pdl,
         )
     product = torch.nn.functional.linear(x, linear.weight, linear.bias)
-    return (silu_mul(product, pdl=pdl) if linear.gated else product).unsqueeze(0)
+    if linear.gated:
+        product = gate_mul(product, linear.activation, pdl=pdl)
+    return product.unsqueeze(0)
 
 
 @dataclass
@@ -145,6 +155,7 @@ def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> fl
                     bias=linear.bias,
                     gain=linear.gain,
                     gated=linear.gated,
+                    activation=linear.activation,
                     residual=linear.splittable,
                     pdl=pdl,
                 )
