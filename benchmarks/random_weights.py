@@ -13,6 +13,8 @@ from torch import Tensor
 class RandomCheckpoint:
     """Every tensor that `config` needs, drawn anew at each read; norm gains are near 1."""
 
+    num_shards = 1
+
     def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype) -> None:
         self.config = config
         self._device, self._dtype = device, dtype
@@ -24,6 +26,9 @@ class RandomCheckpoint:
             for kind in ("weight", "bias")
             if (shape := shapes.get(f"{source.ours}.{kind}")) is not None
         }
+
+    def shard(self, name: str) -> int:
+        return 0
 
     def read(self, name: str) -> Tensor:
         shape = self.shapes[name]
@@ -79,5 +84,18 @@ SHAPES = {
         qk_norm=False,
         theta=5e5,
     ),
+    "tiny": _decoder(
+        "llama",
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        tie_word_embeddings=False,
+        qk_norm=False,
+        theta=1e4,
+    ),
 }
-"""Qwen3-0.6B and Llama-3.1-8B."""
+"""Qwen3-0.6B, Llama-3.1-8B, and one that any machine runs in a moment."""

@@ -68,6 +68,8 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": _make("Qwen2", tie_word_embeddings=True),
     "qwen2_window": _make("Qwen2", use_sliding_window=True, sliding_window=13, max_window_layers=1),
     "qwen3": _make("Qwen3", head_dim=32, tie_word_embeddings=True),
+    "llama_gelu": _make("Llama", hidden_act="gelu", mlp_bias=True),
+    "qwen3_gelu_tanh": _make("Qwen3", hidden_act="gelu_pytorch_tanh", head_dim=32),
     "phi3": _make("Phi3", sliding_window=40),
     "gpt2": _make(
         "GPT2",

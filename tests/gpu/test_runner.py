@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow
+from nanoinfer_engine.batch import Batch, BatchRow, EndedStep
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.pipeline import Pipeline
@@ -103,11 +104,10 @@ def transformers_model() -> torch.nn.Module:
     return model.eval()
 
 
-def test_logits_against_transformers(card: ModelRunner) -> None:
-    (prompt,) = prompts(1, 3)
-    prompt = prompt[:200] if len(prompt) > 200 else prompt
+def device_logits(runner: ModelRunner, prompt: tuple[int, ...]) -> torch.Tensor:
+    """Of the prompt's last token, as the fused decoder gives them."""
     seen: list[torch.Tensor] = []
-    steps = card._steps
+    steps = runner._steps
     assert steps is not None
     original = steps._decoder.logits
 
@@ -117,14 +117,45 @@ def test_logits_against_transformers(card: ModelRunner) -> None:
 
     steps._decoder.logits = spy
     try:
-        blocks = tuple(range(-(-len(prompt) // card.block_size)))
-        card.execute(Batch((BatchRow(prompt, 0, blocks, True, GREEDY),)))
+        blocks = tuple(range(-(-len(prompt) // runner.block_size)))
+        runner.execute(Batch((BatchRow(prompt, 0, blocks, True, GREEDY),)))
     finally:
         del steps._decoder.logits
+    return seen[0][0].double().cpu()
+
+
+def test_logits_against_transformers(card: ModelRunner) -> None:
+    (prompt,) = prompts(1, 3)
+    prompt = prompt[:200] if len(prompt) > 200 else prompt
+    actual = device_logits(card, prompt)
     with torch.inference_mode():
         expected = transformers_model()(torch.tensor([prompt])).logits[0, -1].double()
-    actual = seen[0][0].double().cpu()
     assert float((actual - expected).norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_a_gate_of_gelu_against_transformers(activation: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000}
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(hidden_act=activation, **sizes, **heads)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    model.save_pretrained(tmp_path)
+    runner = make_runner("cuda", "float16", model_path=tmp_path, max_batch_requests=8)
+    runner.warm_up()
+    assert runner._steps is not None
+    runner._steps.graphs._sizes.clear()  # a replay calls nothing that could be watched
+    source = random.Random(2)
+    for length in (1, 20, 150):  # a decode step (GEMV), few rows, and cuBLAS
+        prompt = tuple(source.randrange(1000) for _ in range(length))
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0, -1].double()
+        actual = device_logits(runner, prompt)
+        assert float((actual - expected).norm() / expected.norm()) < 1e-2
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
@@ -150,6 +181,34 @@ def test_graphs_equal_eager_at_the_same_padded_size(card: ModelRunner) -> None:
     finally:
         steps.graphs.replay = replay
     assert with_graphs == eager
+
+
+def test_steps_say_what_the_device_did(card: ModelRunner) -> None:
+    config = EngineConfig(model_path=GUIDE, max_batch_tokens=512, max_batch_requests=64)
+    scheduler = Scheduler(config, Capacity(card.max_model_len, card.num_blocks * card.block_size))
+    pipeline = Pipeline(card)
+    stopping = StoppingOptions(50, 0, frozenset(), frozenset(), False)
+    for index, prompt in enumerate(prompts(8, 21, longest=50)):
+        scheduler.add(Request(str(index), 0, prompt, GREEDY, stopping, RequestTimes(arrived=0)))
+    steps: list[EndedStep] = []
+    began = time.perf_counter()
+    while scheduler.has_work or pipeline.is_busy:
+        step = pipeline.advance(scheduler.schedule())
+        if step is not None:
+            scheduler.update(step.batch, step.results, step.timing.kind)
+            steps.append(step)
+    seconds = time.perf_counter() - began
+    kinds = [step.timing.kind for step in steps]
+    assert kinds == ["eager", *["graph"] * 49]
+    busy = sum(step.timing.busy for step in steps)
+    idle = sum(step.timing.idle for step in steps)
+    assert all(step.timing.busy > 0 for step in steps)
+    assert all(step.timing.idle >= 0 for step in steps)
+    assert steps[0].timing.idle == 0
+    assert 0 <= idle / (busy + idle) < 1
+    # device and host, each by its own clock, were no longer at it than the run lasted
+    assert 0.5 * seconds < busy + idle < 1.05 * seconds
+    assert 0 < sum(step.host for step in steps) < seconds
 
 
 def test_chunked_prefill_beside_decoding(card: ModelRunner) -> None:

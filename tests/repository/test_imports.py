@@ -40,6 +40,7 @@ ALLOWED = {
         "numpy",
         "safetensors",
         "psutil",
+        "tqdm",
         *SERVICE,
     },
     "gateway/nanoinfer_gateway": {"nanoinfer_gateway", *SERVICE},
@@ -54,6 +55,7 @@ EDGE = {
     "telemetry",
     "metrics",
     "settings",
+    "loading",
     "__main__",
 }
 

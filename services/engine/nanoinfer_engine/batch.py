@@ -7,7 +7,7 @@ fields. `Runner` is all that the engine knows of who runs it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.request import SampledToken, SamplingOptions, TokenCounts
@@ -78,11 +78,63 @@ RowResult = SampledToken | ScoredPrompt | Exception | None
 """What `execute` returns per row: a token, why this row alone failed, or None (row not sampled)."""
 
 
+StepKind = Literal["eager", "graph"]
+"""Whether a step was launched kernel by kernel, or as one captured graph."""
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """What the device did with a step, in seconds.
+
+    `busy` from the step's first copy or launch to its last; `idle` from the end of the step before
+    to there, which is to nobody's blame where there was no work; `waited` is what `results` waited.
+    """
+
+    kind: StepKind
+    busy: float
+    idle: float
+    waited: float = 0.0
+
+
 class Step(Protocol):
     """A launched step."""
 
     def results(self) -> list[RowResult]:
         """Wait for the step; one result per row. What it raises concerns the whole batch."""
+
+    def timing(self) -> StepTiming | None:
+        """After `results`: what the device did; None where all was done within `launch`."""
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step that had run by the time `launch` returned."""
+
+    row_results: list[RowResult]
+
+    def results(self) -> list[RowResult]:
+        """One result per row."""
+        return self.row_results
+
+    def timing(self) -> None:
+        """The launch was the step."""
+
+
+@dataclass(frozen=True)
+class EndedStep:
+    """What ran, what came of it and what it took.
+
+    `started` and `ended` are monotonic nanoseconds, from when it had the device. `timing.idle` is 0
+    where there was no work meanwhile. `host` is in seconds: what its thread did since the step
+    before has ended, without waiting for the device.
+    """
+
+    batch: Batch
+    results: list[RowResult]
+    started: int
+    ended: int
+    timing: StepTiming
+    host: float
 
 
 class Runner(Protocol):

@@ -34,6 +34,13 @@ class Checkpoint(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor, without reading any."""
 
+    @property
+    def num_shards(self) -> int:
+        """Files that the tensors are in."""
+
+    def shard(self, name: str) -> int:
+        """Which of them a tensor is in, from 0; cheapest read one shard after another."""
+
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU; CheckpointError if it is no float tensor."""
 
@@ -54,32 +61,52 @@ class SafetensorsCheckpoint:
         """Read config.json and every file's header."""
         self.config = read_huggingface_config(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
-        for file_name in _weight_files(directory):
-            self._open(directory / file_name)
+        self._shards: dict[str, int] = {}
+        self._paths = [directory / file_name for file_name in _weight_files(directory)]
+        self._current = -1
+        for shard in range(self.num_shards):
+            self._add(shard)
         self._check_index(directory)
 
+    @property
+    def num_shards(self) -> int:
+        """Safetensors files."""
+        return len(self._paths)
+
+    def shard(self, name: str) -> int:
+        """The file's number."""
+        return self._shards[name]
+
     def read(self, name: str) -> Tensor:
-        """One tensor, read from its file."""
-        dtype = self._files[name].get_slice(name).get_dtype()
+        """One tensor, read from its file; the file read before is let go."""
+        file = self._open(self._shards[name])
+        dtype = file.get_slice(name).get_dtype()
         if dtype not in _SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{name}: dtype {dtype}, supported: {', '.join(_SAFETENSORS_DTYPES)}"
             )
-        tensor: Tensor = self._files[name].get_tensor(name)
+        tensor: Tensor = file.get_tensor(name)
         return tensor
 
-    def _open(self, path: Path) -> None:
-        try:
-            file: Any = safe_open(path, framework="pt")
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path.name}: {error}") from error
-        for name in shapes:
+    def _open(self, shard: int) -> Any:
+        """The file itself, mapped into memory as long as this or a tensor of it needs it."""
+        if shard != self._current:
+            path = self._paths[shard]
+            try:
+                self._file: Any = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path.name}: {error}") from error
+            self._current = shard
+        return self._file
+
+    def _add(self, shard: int) -> None:
+        """Read the header of a file."""
+        file, file_name = self._open(shard), self._paths[shard].name
+        for name in file.keys():  # noqa: SIM118
             if name in self.shapes:
-                raise CheckpointError(f"{path.name}: {name} is already in another file")
-            self._files[name] = file
-        self.shapes.update(shapes)
+                raise CheckpointError(f"{file_name}: {name} is already in another file")
+            self._shards[name] = shard
+            self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def _check_index(self, directory: Path) -> None:
         if (directory / _INDEX).exists():
@@ -116,6 +143,15 @@ class TorchCheckpoint:
         self.config = nanogpt_config(arguments)
         self._tensors: dict[str, Tensor] = dict(tensors)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    @property
+    def num_shards(self) -> int:
+        """The one file."""
+        return 1
+
+    def shard(self, name: str) -> int:
+        """The one file."""
+        return 0
 
     def read(self, name: str) -> Tensor:
         """One tensor."""

@@ -7,7 +7,7 @@ anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -56,10 +56,12 @@ class DecodeBuffers:
         places: Mapping[int, int],
         slots: Mapping[int, int],
         padded: int,
+        begin: Callable[[], None],
     ) -> None:
         """Bring `rows` in, padded to `padded` rows; returns before the copy has happened.
 
-        `places` as in `sources`, `slots` as in `sampling_arrays`.
+        `places` as in `sources`, `slots` as in `sampling_arrays`; `begin` is called just before
+        the copy, the first that the device has to do with the step.
         """
         count, width = len(rows), max(len(row.block_ids) for row in rows)
         size = _ROW_FIELDS * self._max_rows
@@ -73,6 +75,7 @@ class DecodeBuffers:
         fields[4, count:padded] = -1  # nothing is counted for padding
         packed[size:] = block_tables(rows, width).reshape(-1)
         on_host = torch.from_numpy(packed).pin_memory()
+        begin()
         self._staging[: len(packed)].copy_(on_host, non_blocking=True)
         tables = self._staging[size : len(packed)].view(count, width)
         self.tables[:count, :width].copy_(tables)
@@ -177,12 +180,13 @@ class _Packer:
         self._arrays.append(np.asarray(values, dtype=np.int32).reshape(-1))
         return len(self._arrays) - 1
 
-    def upload(self, device: torch.device) -> list[Tensor]:
+    def upload(self, device: torch.device, begin: Callable[[], None]) -> list[Tensor]:
         # every array starts at a multiple of 16 bytes, for kernels that load in vectors
         padded = [np.pad(array, (0, -len(array) % 4)) for array in self._arrays]
         on_host = torch.from_numpy(np.concatenate(padded))
         if device.type == "cuda":
             on_host = on_host.pin_memory()
+        begin()
         on_device = on_host.to(device, non_blocking=True)
         ends = np.cumsum([len(array) for array in padded]).tolist()
         return [
@@ -197,8 +201,9 @@ def mixed_inputs(
     slots: Mapping[int, int],
     block_size: int,
     device: torch.device,
+    begin: Callable[[], None],
 ) -> MixedInputs:
-    """Lay out a step of any mix; `places` as in `sources`, `slots` by index in `rows`."""
+    """Lay out a step of any mix; `slots` by index in `rows`, the others as in `fill`."""
     late = reads_new_blocks(rows, block_size)
     is_prompt = [row.num_tokens > 1 or index in late for index, row in enumerate(rows)]
     order = sorted(range(len(rows)), key=lambda index: is_prompt[index])
@@ -224,7 +229,7 @@ def mixed_inputs(
     tables = packer.add(block_tables(decoding, width))
     contexts = packer.add([row.context_length for row in decoding])
     prompt_arrays = [packer.add(each) for each in _prompt_arrays(prompts, block_size)]
-    parts = packer.upload(device)
+    parts = packer.upload(device, begin)
     plan = PagedPlan(
         len(decoding),
         parts[tables].view(len(decoding), width),

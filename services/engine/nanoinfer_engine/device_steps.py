@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult
+from nanoinfer_engine.batch import Batch, BatchRow, RowResult, StepTiming
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
 from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
 from nanoinfer_engine.device_logprobs import (
@@ -23,6 +23,7 @@ from nanoinfer_engine.device_logprobs import (
     measure_sampled,
 )
 from nanoinfer_engine.device_shaping import ShapingSlots
+from nanoinfer_engine.device_timing import DeviceClock, StepEvents
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
 from nanoinfer_engine.models.fused import FusedDecoder, Hidden, StepTokens
@@ -42,6 +43,7 @@ class DeviceStep:
         places: Mapping[int, int],
         results: list[RowResult],
         scores: Sequence[SampledScores | PromptScores],
+        events: StepEvents,
     ) -> None:
         """`ids` and `scores` are being copied to the host; `places` says where a row's id is.
 
@@ -49,14 +51,13 @@ class DeviceStep:
         """
         self._ids, self._places = ids, places
         self._results, self._scores = results, scores
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        self._events = events
         self._is_read = False
 
     def results(self) -> list[RowResult]:
         """One result per row of the batch; blocks until the device is done."""
         if not self._is_read:
-            self._event.synchronize()
+            self._events.wait()
             ids: list[int] = [] if self._ids is None else self._ids.tolist()
             for row, place in self._places.items():
                 if self._results[row] is None:
@@ -65,6 +66,10 @@ class DeviceStep:
                 scores.add_to(self._results)
             self._is_read = True
         return self._results
+
+    def timing(self) -> StepTiming:
+        """After `results`: by the device's clock."""
+        return self._events.timing()
 
 
 def _result(token_id: int) -> RowResult:
@@ -96,6 +101,7 @@ class DeviceSteps:
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self.graphs = DecodeGraphs(_GRAPH_MEMORY)
         self.timings: dict[str, float] = {}
+        self._clock = DeviceClock()
 
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
@@ -110,10 +116,12 @@ class DeviceSteps:
         rows, places = batch.rows, self._places
         slots, failed = self._slots.place(rows, places, self._sampled)
         decodes = all(row.num_tokens == 1 and row.samples for row in rows)
+        replays = False
         logits: Tensor | None
         prompts: list[PromptScores] = []
         if decodes and not reads_new_blocks(rows, self._block_size):
-            logits = self._decode(rows, places, slots)
+            replays = self.graphs.can_replay(len(rows))
+            logits = self._decode(rows, places, slots, replays)
             self._places = {row: row for row in range(len(rows))}
         else:
             logits, prompts = self._run_mixed(rows, places, slots)
@@ -122,23 +130,28 @@ class DeviceSteps:
             ids = self._to_host(len(self._places))
             scores = measure_sampled(rows, self._places, logits, self._sampled)
         results = [failed.get(row) for row in range(len(rows))]
-        return DeviceStep(ids, self._places, results, [*scores, *prompts])
+        events = self._clock.end("graph" if replays else "eager")
+        return DeviceStep(ids, self._places, results, [*scores, *prompts], events)
 
     def _decode(
-        self, rows: Sequence[BatchRow], places: Mapping[int, int], slots: Mapping[int, int]
+        self,
+        rows: Sequence[BatchRow],
+        places: Mapping[int, int],
+        slots: Mapping[int, int],
+        replays: bool,
     ) -> Tensor:
         """Run rows of one token each; returns their logits, which the next step overwrites."""
         count = len(rows)
-        replays = self.graphs.can_replay(count)
         padded = self.graphs.padded(count) if replays else count
-        self._buffers.fill(rows, places, slots, padded)
+        self._buffers.fill(rows, places, slots, padded, self._clock.begin)
         return self.graphs.replay(count) if replays else self.run_decode(count)
 
     def _run_mixed(
         self, rows: Sequence[BatchRow], places: Mapping[int, int], slots: Mapping[int, int]
     ) -> tuple[Tensor | None, list[PromptScores]]:
         """Run rows of any kind; returns the logits of those that sample, and prompts' scores."""
-        inputs = mixed_inputs(rows, places, slots, self._block_size, self._device)
+        begin = self._clock.begin
+        inputs = mixed_inputs(rows, places, slots, self._block_size, self._device, begin)
         tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
         hidden = self._decoder.forward(tokens, inputs.plan)
         self._places = {row: place for place, row in enumerate(inputs.sampled_rows)}

@@ -45,8 +45,6 @@ _LOG = logging.getLogger(__name__)
 _MIN_RETRY, _MAX_RETRY = 0.1, 30.0
 _UNKNOWN_RATE = 1000.0
 _JOIN_SECONDS = 10.0
-
-
 Ts = TypeVarTuple("Ts")
 
 
@@ -183,8 +181,8 @@ class Engine:
             return
         # A cancel that arrived during the step is served before the step's outputs.
         outputs = self._take_inbox()
-        outputs += self._scheduler.update(step.batch, step.results)
-        self._statistics.record_step(step.batch, step.started, step.ended)
+        outputs += self._scheduler.update(step.batch, step.results, step.timing.kind)
+        self._statistics.record_step(step)
         self._publish(outputs)
 
     def _main(self, ready: asyncio.Future[Runner]) -> None:
@@ -196,6 +194,7 @@ class Engine:
             self.capacity = Capacity(self._runner.max_model_len, kv_tokens)
             self._scheduler = Scheduler(self.config, self.capacity)
             self._statistics = self._make_statistics(self._runner.max_model_len)
+            self.statistics = self._statistics.snapshot(0)
         except BaseException as error:
             self._on_loop(_resolve, ready, error)
             return
@@ -213,10 +212,12 @@ class Engine:
             self._on_loop(self._streams.abandon, lost)
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is work; False when the thread shall end."""
+        """Sleep until there is work, a step in flight included; False when the thread shall end."""
+        is_busy = self._scheduler.has_work or self._pipeline.is_busy
         with self._condition:
-            while not (self._inbox or self._stopping or self._scheduler.has_work):
+            while not (is_busy or self._inbox or self._stopping):
                 self._condition.wait()
+                self._pipeline.resume()
             return not self._stopping
 
     def _lose_step(self, error: Exception) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanoinfer_engine.kernels.cublaslt import Algorithm, multiply, proposals
 from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
-from nanoinfer_engine.kernels.norms import silu_mul
+from nanoinfer_engine.kernels.norms import gate_mul
 from nanoinfer_engine.tuning import time_graph
 
 _LOG = logging.getLogger(__name__)
@@ -57,13 +57,15 @@ _TILE_SHAPES = (
 class Linear:
     """One matrix product of the decoder.
 
-    `gated` ends in SiLU · mul; one that `joins` goes into the residual sum, so it may be added
-    there or given in parts; `gain` is of the RMSNorm before it, where a GEMV is to take that in.
+    `gated` ends in `activation` · mul; one that `joins` goes into the residual sum, so it may be
+    added there or given in parts; `gain` is of the RMSNorm before it, where a GEMV is to take that
+    in.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     gated: bool = False
+    activation: str = "silu"
     joins: bool = False
     gain: Tensor | None = None
 
@@ -80,14 +82,23 @@ def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor
         dtype = torch.float32 if choice.splits > 1 else x.dtype
         output = torch.empty((choice.splits, *shape), dtype=dtype, device=x.device)
         return few_rows(
-            x, linear.weight, output, choice, bias=linear.bias, gated=linear.gated, pdl=pdl
+            x,
+            linear.weight,
+            output,
+            choice,
+            bias=linear.bias,
+            gated=linear.gated,
+            activation=linear.activation,
+            pdl=pdl,
         )
     if isinstance(choice, Algorithm):
         product = torch.empty((len(x), len(linear.weight)), dtype=x.dtype, device=x.device)
         multiply(x, linear.weight, product, choice)
     else:
         product = torch.nn.functional.linear(x, linear.weight, linear.bias)
-    return (silu_mul(product, pdl=pdl) if linear.gated else product).unsqueeze(0)
+    if linear.gated:
+        product = gate_mul(product, linear.activation, pdl=pdl)
+    return product.unsqueeze(0)
 
 
 def join_linear(
@@ -181,6 +192,7 @@ def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> fl
                     bias=linear.bias,
                     gain=linear.gain,
                     gated=linear.gated,
+                    activation=linear.activation,
                     residual=linear.joins,
                     pdl=pdl,
                 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from nanoinfer_common import metrics
 from prometheus_client.core import (
@@ -19,11 +20,14 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from nanoinfer_engine.batch import StepKind
 from nanoinfer_engine.capacity import Load
 from nanoinfer_engine.request import FinishReason
 from nanoinfer_engine.statistics import NANOSECONDS, HistogramSnapshot, Snapshot, Statistics
 
 Labels = Mapping[str, str]
+
+_HOST_TEXT = "Time of the engine's thread for a step, without waiting for the device."
 
 _SUCCESS = (FinishReason.STOP, FinishReason.LENGTH)
 _OUTCOMES = {
@@ -64,6 +68,7 @@ _HISTOGRAMS = {
     "step_tokens": ("iteration_tokens_total", "Tokens computed in a step."),
 }
 _STEP_BUCKETS = tuple(step * 10.0**power for power in range(-4, 2) for step in (1, 2.5, 5))
+_HOST_BUCKETS = tuple(step * 10.0**power for power in range(-5, 0) for step in (1, 2.5, 5))
 
 
 def make_statistics(max_model_len: int) -> Statistics:
@@ -80,7 +85,8 @@ def make_statistics(max_model_len: int) -> Statistics:
             lengths,
         ),
         "choices": metrics.token_buckets(20),
-        "step": _STEP_BUCKETS,
+        **dict.fromkeys(get_args(StepKind), _STEP_BUCKETS),
+        "host": _HOST_BUCKETS,
         "batch_size": metrics.token_buckets(256),
     }
     return Statistics(bounds)
@@ -140,7 +146,7 @@ class EngineCollector(Collector):
                 {_REJECTIONS[bound]: count for bound, count in facts.rejections.items()},
             ),
             *(
-                _histogram(name, text, labels, snapshot.histograms[key])
+                _histogram(name, text, labels, {"": snapshot.histograms[key]})
                 for key, (name, text) in _HISTOGRAMS.items()
                 if key in snapshot.histograms
             ),
@@ -165,11 +171,27 @@ def _own_families(snapshot: Snapshot, load: Load, labels: Labels) -> Iterable[Me
     if is_busy and snapshot.last_step is not None:
         age = (time.monotonic_ns() - snapshot.last_step) * NANOSECONDS
     yield _gauge("nanoinfer_engine_last_step_age_seconds", "Time since a step ended.", labels, age)
-    if "step" in snapshot.histograms:
-        kind = {**labels, "kind": "eager"}
-        step, size = snapshot.histograms["step"], snapshot.histograms["batch_size"]
-        yield _histogram("nanoinfer_engine_step_seconds", "Time of a step.", kind, step)
-        yield _histogram("nanoinfer_engine_step_batch_size", "Requests in a step.", labels, size)
+    yield from _device_families(snapshot, labels)
+    if snapshot.histograms:
+        steps = {kind: snapshot.histograms[kind] for kind in get_args(StepKind)}
+        size, host = snapshot.histograms["batch_size"], snapshot.histograms["host"]
+        yield _histogram("nanoinfer_engine_step_seconds", "Time of a step.", labels, steps, "kind")
+        yield _histogram("nanoinfer_engine_step_host_seconds", _HOST_TEXT, labels, {"": host})
+        yield _histogram(
+            "nanoinfer_engine_step_batch_size", "Requests in a step.", labels, {"": size}
+        )
+
+
+def _device_families(snapshot: Snapshot, labels: Labels) -> Iterable[Metric]:
+    """What the device did; the share of idle time is a quotient of the counters' rates."""
+    name, replays = "nanoinfer_engine_", {"": snapshot.counters.get("graph_replays", 0)}
+    busy, idle = {"": snapshot.busy_seconds}, {"": snapshot.idle_seconds}
+    text = "Device without a task though there was work"
+    yield _counter(name + "graph_replays", "Steps run as one CUDA graph.", labels, "", replays)
+    yield _counter(name + "device_busy_seconds", "Device at work on steps.", labels, "", busy)
+    yield _counter(name + "device_idle_seconds", f"{text}.", labels, "", idle)
+    text += ": share of the last 100 steps, 0 to 1."
+    yield _gauge(name + "device_idle_share", text, labels, snapshot.idle_share)
 
 
 def _gauge(name: str, text: str, labels: Labels, value: float) -> Metric:
@@ -178,7 +200,9 @@ def _gauge(name: str, text: str, labels: Labels, value: float) -> Metric:
     return family
 
 
-def _counter(name: str, text: str, labels: Labels, label: str, values: Mapping[str, int]) -> Metric:
+def _counter(
+    name: str, text: str, labels: Labels, label: str, values: Mapping[str, float]
+) -> Metric:
     """One sample for each value of `label`; a single one where `label` is empty."""
     family = CounterMetricFamily(name, text, labels=[*labels, *([label] if label else [])])
     for value, count in values.items():
@@ -186,12 +210,17 @@ def _counter(name: str, text: str, labels: Labels, label: str, values: Mapping[s
     return family
 
 
-def _histogram(name: str, text: str, labels: Labels, histogram: HistogramSnapshot) -> Metric:
-    family = HistogramMetricFamily(name, text, labels=list(labels))
-    buckets, total = [], 0
-    bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
-    for bound, count in zip(bounds, histogram.counts, strict=True):
-        total += count
-        buckets.append((bound, total))
-    family.add_metric(list(labels.values()), buckets=buckets, sum_value=histogram.total)
+def _histogram(
+    name: str, text: str, labels: Labels, values: Mapping[str, HistogramSnapshot], label: str = ""
+) -> Metric:
+    """One histogram for each value of `label`; a single one where `label` is empty."""
+    family = HistogramMetricFamily(name, text, labels=[*labels, *([label] if label else [])])
+    for value, histogram in values.items():
+        buckets, total = [], 0
+        bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
+        for bound, count in zip(bounds, histogram.counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        own = [*labels.values(), *([value] if label else [])]
+        family.add_metric(own, buckets=buckets, sum_value=histogram.total)
     return family

@@ -22,6 +22,7 @@ MAX_POSITIONS = 1 << 24
 MAX_JSON_BYTES = 64 * 1024 * 1024
 
 _GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_GATE_ACTIVATIONS = {"silu": "silu", "swish": "silu", **_GPT2_ACTIVATIONS}
 _LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
 
@@ -190,7 +191,7 @@ def _gpt2_config(
 
 
 def _llama_family(fields: Fields, model_type: str, eos_token_ids: tuple[int, ...]) -> ModelConfig:
-    fields.only("hidden_act", "silu", "swish")
+    fields.only("hidden_act", *_GATE_ACTIVATIONS)
     hidden = fields.integer("hidden_size", MAX_WIDTH)
     heads = fields.integer("num_attention_heads", MAX_HEADS)
     layers = fields.integer("num_hidden_layers", MAX_LAYERS)
@@ -210,7 +211,7 @@ def _llama_family(fields: Fields, model_type: str, eos_token_ids: tuple[int, ...
         head_dim=fields.integer("head_dim", MAX_WIDTH, default=hidden // heads),
         max_position_embeddings=max_positions,
         norm_eps=fields.number("rms_norm_eps", default=1e-6),
-        activation="silu",
+        activation=_GATE_ACTIVATIONS[fields.get("hidden_act") or "silu"],
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         qkv_bias=model_type == "qwen2" or attention_bias,
         output_bias=model_type != "qwen2" and attention_bias,

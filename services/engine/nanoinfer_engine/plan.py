@@ -12,6 +12,11 @@ from nanoinfer_engine.request import Request
 _STEPS_TO_GROW = 256
 
 
+def order(request: Request) -> tuple[int, int]:
+    """Of running requests: higher priority first, then arrival."""
+    return (-request.priority, request.arrival_number)
+
+
 @dataclass
 class Plan:
     """Tokens granted to each request, and what is left to grant."""
@@ -23,6 +28,10 @@ class Plan:
         """Grant tokens to a request that has none yet."""
         self.grants[request] = num_tokens
         self.budget -= num_tokens
+
+    def cap(self, max_tokens: int) -> None:
+        """Let the step have no more tokens in all, but for those that are granted already."""
+        self.budget = min(self.budget, max(max_tokens - sum(self.grants.values()), 0))
 
     def revoke(self, request: Request) -> None:
         """Take back what the request was granted, if anything."""

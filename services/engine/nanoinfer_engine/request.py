@@ -208,6 +208,7 @@ class Request:
     num_waiting_at_arrival: int = 0
     max_batch_size: int = 0
     num_steps: int = 0
+    num_graph_replays: int = 0
     max_blocks: int = 0
     events: list[tuple[str, int]] = field(default_factory=list)
     token_counts: TokenCounts | None = None
@@ -241,8 +242,11 @@ class Request:
     @property
     def can_go_on(self) -> bool:
         """Whether a token is to come after those that are still to be read, as far as is known."""
-        if not self.num_unread_tokens:
-            return True
+        return not self.num_unread_tokens or self.wants_more
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether its length allows more than the ids that are known or still to be read."""
         num_completion_tokens = len(self.completion_token_ids) + self.num_unread_tokens
         return num_completion_tokens < self.stopping.max_tokens
 

@@ -7,43 +7,28 @@ block ownership. Not thread-safe: one thread calls it.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult, Step
+from nanoinfer_engine.batch import Batch, BatchRow, FinishedStep, RowResult, Step
 from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.inputs import build_inputs
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for
 from nanoinfer_engine.logprobs import score_prompts
 from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.progress import Progress, report_nothing
 from nanoinfer_engine.request import SamplingOptions
 from nanoinfer_engine.sampler import sample
-from nanoinfer_engine.weights import Progress, load_weights
+from nanoinfer_engine.weights import load_weights
 
 if TYPE_CHECKING:
     from nanoinfer_engine.device_steps import DeviceSteps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_BACKEND = "reference"
-
-
-def report_nothing(loaded: int, total: int) -> None:
-    """The progress callback of a caller that does not watch."""
-
-
-@dataclass(frozen=True)
-class FinishedStep:
-    """A step that had run by the time `launch` returned."""
-
-    row_results: list[RowResult]
-
-    def results(self) -> list[RowResult]:
-        """One result per row."""
-        return self.row_results
 
 
 class ModelRunner:

@@ -15,19 +15,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from nanoinfer_engine.batch import Batch, RowResult
+from nanoinfer_engine.batch import Batch, RowResult, StepKind
 from nanoinfer_engine.block_tables import BlockTables
 from nanoinfer_engine.capacity import Capacity, Load
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.errors import QueueTimeoutError
-from nanoinfer_engine.plan import Plan, StepLimit, StepsInFlight
+from nanoinfer_engine.plan import Plan, StepLimit, StepsInFlight, order
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 from nanoinfer_engine.rows import make_rows, take_result
 from nanoinfer_engine.waiting import WaitingQueue
-
-
-def _order(request: Request) -> tuple[int, int]:
-    return (-request.priority, request.arrival_number)
 
 
 class Scheduler:
@@ -40,8 +36,8 @@ class Scheduler:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Own as many blocks as `capacity` holds; `clock` gives monotonic nanoseconds."""
-        if config.max_batch_requests > config.max_batch_tokens:
-            raise ValueError("max_batch_requests may not exceed max_batch_tokens")
+        if config.max_batch_requests > config.mixed_step_tokens:
+            raise ValueError("max_batch_requests may not exceed max_batch_tokens, max_mixed_tokens")
         self.capacity = capacity
         self.num_preemptions = 0
         self._config = config
@@ -63,9 +59,8 @@ class Scheduler:
     @property
     def load(self) -> Load:
         """How busy the scheduler is now."""
-        waiting = self._waiting
+        waiting, num_running = self._waiting, len(self._running)
         prompt_tokens, num_bytes = waiting.num_prompt_tokens, waiting.num_bytes
-        num_running = len(self._running)
         return Load(num_running, len(waiting), prompt_tokens, num_bytes, self._tables.usage)
 
     def add(self, request: Request) -> None:
@@ -131,7 +126,7 @@ class Scheduler:
         self._make_way()
         may_start = self._grant_decodes(plan)
         prefills = [r for r in self._running if r.num_pending_tokens > 1]
-        for request in sorted(prefills, key=_order):
+        for request in sorted(prefills, key=order):
             if may_start:
                 self._start_waiting(plan, above=request.priority)
             if plan.budget:  # its blocks it has had from the start
@@ -144,7 +139,9 @@ class Scheduler:
         self._in_flight.begin(plan.grants)
         return Batch(rows)
 
-    def update(self, batch: Batch, results: Sequence[RowResult]) -> list[RequestOutput]:
+    def update(
+        self, batch: Batch, results: Sequence[RowResult], kind: StepKind = "eager"
+    ) -> list[RequestOutput]:
         """Take a step's results: append, detect the end, free. A row that failed ends alone.
 
         The oldest step first. Rows whose request has ended since are skipped; one that was
@@ -157,6 +154,7 @@ class Scheduler:
             if request not in self._running and request not in self._waiting:
                 continue
             request.num_unread_tokens -= row.samples
+            request.num_graph_replays += kind == "graph"
             if not is_preempted:
                 request.num_in_flight_tokens -= row.num_tokens
                 request.num_computed_tokens += row.num_tokens
@@ -194,7 +192,7 @@ class Scheduler:
         num_staying = len(self._running) - len(lower)
         if not lower or self._tables.num_needed(request) + num_staying > num_free:
             return
-        for victim in sorted(lower, key=_order, reverse=True):
+        for victim in sorted(lower, key=order, reverse=True):
             if self._can_start(request):
                 return
             self._preempt(victim)
@@ -202,12 +200,15 @@ class Scheduler:
     def _grant_decodes(self, plan: Plan) -> bool:
         """Grant a token to who needs but one; returns whether nobody had to be preempted."""
         num_running = len(self._running)
-        decodes = [r for r in self._running if r.num_pending_tokens == 1 and r.can_go_on]
-        for request in sorted(decodes, key=_order):
-            if request in self._running and plan.budget and self._reserve(request, plan):
+        decoding = [r for r in self._running if r.num_pending_tokens == 1 and r.wants_more]
+        for request in sorted(decoding, key=order):
+            is_next = request in self._running and request.can_go_on
+            if is_next and plan.budget and self._reserve(request, plan):
                 plan.grant(request, 1)
         # Now that no grant is revoked any more, what they fill can be found.
         self._remember(plan, plan.grants)
+        if decoding:
+            plan.cap(self._config.mixed_step_tokens)
         return len(self._running) == num_running
 
     def _reserve(self, request: Request, plan: Plan) -> bool:
@@ -217,7 +218,7 @@ class Scheduler:
         """
         num_tokens = request.num_tokens + request.num_unread_tokens
         while self._tables.num_missing(request, num_tokens) > self._tables.num_free:
-            victim = max(self._running, key=_order)
+            victim = max(self._running, key=order)
             plan.revoke(victim)
             self._preempt(victim)
             if victim is request:

@@ -35,21 +35,22 @@ from nanoinfer_engine.config import CheckpointError, EngineConfig
 from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.engine import Engine
 from nanoinfer_engine.errors import EngineError
+from nanoinfer_engine.loading import show_loading
 from nanoinfer_engine.messages import ServedModel, prompt_ids
 from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
+from nanoinfer_engine.progress import Progress
 from nanoinfer_engine.settings import EngineSettings
 from nanoinfer_engine.statuses import failure, refusal_status
 from nanoinfer_engine.stream import Stream
 from nanoinfer_engine.telemetry import latency_attributes, record_phases
 
 WATCH_SECONDS = 0.1
-PROGRESS_SECONDS = 1.0
 
 log = structlog.get_logger(__name__)
 Context = Any  # grpc-stubs types the aio context only in part
 
 
-LoadRunner = Callable[[EngineConfig, Callable[[int, int], None]], Runner]
+LoadRunner = Callable[[EngineConfig, Progress], Runner]
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
@@ -71,7 +72,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         config = settings.engine_config()
         self._engine = Engine(
             config,
-            load_runner=lambda: load_runner(config, _LoadingLog()),
+            load_runner=lambda: load_runner(config, show_loading(settings.log_format)),
             make_statistics=make_statistics,
             listener=self,
             patience=settings.patience(),
@@ -269,16 +270,3 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             load=engine.load,
             snapshot=engine.statistics,
         )
-
-
-class _LoadingLog:
-    """Logs how far the weights are, once a second."""
-
-    def __init__(self) -> None:
-        self._logged = time.monotonic()
-
-    def __call__(self, loaded: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._logged >= PROGRESS_SECONDS or loaded == total:
-            self._logged = now
-            log.info("loading weights", percent=round(100 * loaded / max(total, 1)))

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nanoinfer_engine.batch import Batch
+from nanoinfer_engine.batch import EndedStep
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 
 NANOSECONDS = 1e-9
@@ -23,7 +23,10 @@ COUNTERS = (
     "cache_hits",
     "completion_tokens",
     "preemptions",
+    "graph_replays",
 )
+# what a step adds to the sums behind the idle share is worth e times less after so many steps
+_SHARE_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class Snapshot:
     histograms: dict[str, HistogramSnapshot] = field(default_factory=dict)
     last_step: int | None = None
     tokens_per_second: float = 0.0
+    busy_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    idle_share: float = 0.0
 
 
 class Statistics:
@@ -78,6 +84,7 @@ class Statistics:
         self._histograms = {name: Histogram(each) for name, each in bounds.items()}
         self._last_step: int | None = None
         self._tokens_per_second = 0.0
+        self._busy = self._idle = self._recent_busy = self._recent_idle = 0.0
 
     def record_accepted(self, requests: Sequence[Request]) -> None:
         """Count the completions of one client's request."""
@@ -85,13 +92,21 @@ class Statistics:
         self._histograms["choices"].observe(len(requests))
         self._histograms["max_tokens"].observe(requests[0].stopping.max_tokens)
 
-    def record_step(self, batch: Batch, started: int, finished: int) -> None:
-        """Count one step; its bounds are monotonic nanoseconds."""
-        seconds = max(finished - started, 1) * NANOSECONDS
-        self._histograms["step"].observe(seconds)
+    def record_step(self, step: EndedStep) -> None:
+        """Count one step."""
+        batch, timing = step.batch, step.timing
+        seconds = max(step.ended - step.started, 1) * NANOSECONDS
+        self._histograms[timing.kind].observe(seconds)
+        self._histograms["host"].observe(step.host)
+        self._counters["graph_replays"] += timing.kind == "graph"
+        self._busy += timing.busy
+        self._idle += timing.idle
+        kept = 1 - 1 / _SHARE_STEPS
+        self._recent_busy = kept * self._recent_busy + timing.busy
+        self._recent_idle = kept * self._recent_idle + timing.idle
         self._histograms["batch_size"].observe(len(batch.rows))
         self._histograms["step_tokens"].observe(batch.num_tokens)
-        self._last_step = finished
+        self._last_step = step.ended
         # An average over about the last ten steps; it only feeds the estimate of RetryInfo.
         rate = batch.num_tokens / seconds
         past = self._tokens_per_second
@@ -115,6 +130,9 @@ class Statistics:
             histograms={name: value.snapshot() for name, value in self._histograms.items()},
             last_step=self._last_step,
             tokens_per_second=self._tokens_per_second,
+            busy_seconds=self._busy,
+            idle_seconds=self._idle,
+            idle_share=self._recent_idle / max(self._recent_busy + self._recent_idle, NANOSECONDS),
         )
 
     def _record_token(self, request: Request) -> None:

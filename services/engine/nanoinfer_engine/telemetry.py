@@ -62,6 +62,7 @@ def latency_attributes(request: Request) -> dict[str, AttributeValue]:
         "gen_ai.latency.e2e": phases.total * NANOSECONDS,
         "nanoinfer.engine.batch.max": request.max_batch_size,
         "nanoinfer.engine.step.count": request.num_steps,
+        "nanoinfer.engine.graph.replays": request.num_graph_replays,
         "nanoinfer.engine.preemptions": request.num_preemptions,
         "nanoinfer.engine.kv.blocks": request.max_blocks,
     }

@@ -1,4 +1,4 @@
-"""Checkpoint → model, tensor by tensor, every name and shape accounted for beforehand.
+"""Checkpoint → model, shard by shard, every name and shape accounted for beforehand.
 
 The fingerprint tells two sets of weights apart at the cost of reading what is loaded anyway: the
 SHA-256 over all used tensors, in name order, of (name, dtype, shape, SHA-256 of three 4 KiB samples
@@ -9,7 +9,6 @@ no proof against tampering: bytes outside the samples may differ unseen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +18,8 @@ from nanoinfer_engine.checkpoints import Checkpoint
 from nanoinfer_engine.config import CheckpointError
 from nanoinfer_engine.models import LanguageModel
 from nanoinfer_engine.models.layout import CheckpointLayout
-
-Progress = Callable[[int, int], None]
-"""Called after each tensor with the number of parameters loaded and their total."""
+from nanoinfer_engine.progress import LoadProgress, Progress
+from nanoinfer_engine.staging import Staging
 
 SAMPLE_BYTES = 4096
 
@@ -56,22 +54,29 @@ def load_weights(
 ) -> str:
     """Fill `model` (on the meta device) from `checkpoint`; returns the fingerprint in hex.
 
-    Memory is allocated only once all names and shapes fit. Values are converted to the parameters'
-    dtype. Raises CheckpointError naming the missing, unexpected or misshapen tensor.
+    Memory is allocated only once all names and shapes fit. Tensors come in the order of their
+    files, so that one file is open at a time; values are converted to the parameters' dtype.
+    Raises CheckpointError naming the missing, unexpected or misshapen tensor.
     """
     placements = plan_placements(model, checkpoint, layout)
+    placements.sort(key=lambda each: checkpoint.shard(each.stored_name))
     _allocate(model, device)
     parameters = dict(model.named_parameters())
-    total, loaded = sum(placement.numel for placement in placements), 0
+    sizes = [each.numel * parameters[each.parameter].element_size() for each in placements]
+    total, loaded = sum(sizes), 0
     samples: dict[str, str] = {}
-    for placement in placements:
+    staging = Staging(device) if device.type == "cuda" else None
+    progress(LoadProgress(0, total, 1, checkpoint.num_shards))
+    for placement, size in zip(placements, sizes, strict=True):
         stored = checkpoint.read(placement.stored_name)
         tensor = stored.t() if placement.transposed else stored
-        target = parameters[placement.parameter]
-        target[placement.first : placement.first + placement.shape[0]].copy_(tensor)
+        whole = parameters[placement.parameter]
+        target = whole[placement.first : placement.first + placement.shape[0]]
+        target.copy_(tensor) if staging is None else staging.copy(tensor, target)
         samples[_plain_name(placement.stored_name, layout.prefix)] = _digest(stored)
-        loaded += placement.numel
-        progress(loaded, total)
+        loaded += size
+        shard = checkpoint.shard(placement.stored_name) + 1
+        progress(LoadProgress(loaded, total, shard, checkpoint.num_shards))
     _check_tied(checkpoint, layout, parameters)
     lines = (f"{name} {digest}\n" for name, digest in sorted(samples.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()

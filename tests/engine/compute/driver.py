@@ -15,8 +15,9 @@ from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.inputs import build_inputs
 from nanoinfer_engine.kv_cache import KVCache
 from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.progress import report_nothing
 from nanoinfer_engine.request import SampledToken, SamplingOptions
-from nanoinfer_engine.runner import ModelRunner, report_nothing
+from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.weights import load_weights
 
 GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from nanoinfer_engine import checkpoints
 from nanoinfer_engine.batch import Batch, BatchRow
 from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import CheckpointError
+from nanoinfer_engine.config import CheckpointError, EngineConfig
+from nanoinfer_engine.progress import LoadProgress
 from nanoinfer_engine.runner import ModelRunner
 from safetensors.torch import load_file, save_file
 
@@ -38,6 +40,26 @@ def logits(path: Path) -> torch.Tensor:
 @pytest.fixture
 def qwen3(tmp_path: Path) -> Path:
     return make_checkpoint("qwen3", tmp_path / "model")
+
+
+def test_shards_are_read_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model("llama2").save_pretrained(tmp_path, max_shard_size="100KB")
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    opened: list[str] = []
+    original = checkpoints.safe_open
+
+    def spy(path: Path, **arguments: Any) -> Any:
+        opened.append(path.name)
+        return original(path, **arguments)
+
+    monkeypatch.setattr(checkpoints, "safe_open", spy)
+    calls: list[LoadProgress] = []
+    ModelRunner(EngineConfig(model_path=tmp_path), calls.append)
+    assert opened == files * 2  # every header, then every file's tensors
+    shards = [call.shard for call in calls]
+    assert shards == sorted(shards)
+    assert set(shards) == set(range(1, len(files) + 1))
+    assert {call.num_shards for call in calls} == {len(files)}
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
@@ -436,13 +458,15 @@ def test_runner_refuses_settings_that_contradict_the_model(qwen3: Path) -> None:
 
 
 def test_runner_describes_itself_and_reports_progress(qwen3: Path) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[LoadProgress] = []
     config = make_runner(qwen3)._config
-    runner = ModelRunner(config, lambda loaded, total: calls.append((loaded, total)))
+    runner = ModelRunner(config, calls.append)
     expected = sum(parameter.numel() for parameter in make_model("qwen3").parameters())
     assert runner.num_parameters == expected
-    assert calls[-1] == (expected, expected)
-    assert [loaded for loaded, _ in calls] == sorted({loaded for loaded, _ in calls})
+    assert calls[0] == LoadProgress(0, 4 * expected, 1, 1)
+    assert calls[-1] == LoadProgress(4 * expected, 4 * expected, 1, 1)
+    loaded = [call.num_bytes for call in calls]
+    assert loaded == sorted(set(loaded))
     assert runner.vocab_size == VOCAB_SIZE
     assert runner.max_model_len == 256
     assert runner.block_size == 8

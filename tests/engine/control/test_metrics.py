@@ -46,6 +46,11 @@ EXPECTED = {
     "nanoinfer_engine_requests": "counter",
     "nanoinfer_engine_step_seconds": "histogram",
     "nanoinfer_engine_step_batch_size": "histogram",
+    "nanoinfer_engine_step_host_seconds": "histogram",
+    "nanoinfer_engine_graph_replays": "counter",
+    "nanoinfer_engine_device_busy_seconds": "counter",
+    "nanoinfer_engine_device_idle_seconds": "counter",
+    "nanoinfer_engine_device_idle_share": "gauge",
     "nanoinfer_engine_last_step_age_seconds": "gauge",
 }
 
@@ -83,6 +88,17 @@ async def test_every_expected_name_is_there_with_its_type(start_fake: StartFake)
         assert values["vllm:request_params_max_tokens_sum"] == 10
         assert values["vllm:e2e_request_latency_seconds_bucket:+Inf"] == 1
         assert values["nanoinfer_engine_step_seconds_count:eager"] == 10
+        assert values["nanoinfer_engine_step_seconds_count:graph"] == 0
+        assert values["nanoinfer_engine_step_host_seconds_count"] == 10
+        assert values["nanoinfer_engine_device_busy_seconds_total"] > 0
+        assert 0 < values["nanoinfer_engine_device_idle_share"] < 1
+
+
+async def test_both_kinds_of_steps_are_there_before_any_step(start_fake: StartFake) -> None:
+    async with start_fake(metrics_port=0) as engine:
+        _, values = await scrape(engine)
+        assert values["nanoinfer_engine_step_seconds_count:eager"] == 0
+        assert values["nanoinfer_engine_step_seconds_count:graph"] == 0
 
 
 async def test_cached_tokens_are_counted(start_fake: StartFake) -> None:

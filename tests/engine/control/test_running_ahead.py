@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from nanoinfer_engine.batch import Batch, RowResult
+from nanoinfer_engine.batch import Batch, RowResult, StepTiming
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.pipeline import Pipeline
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken, TokenCounts
@@ -25,6 +25,9 @@ class LateStep:
     def results(self) -> list[RowResult]:
         self.was_read = True
         return self.row_results
+
+    def timing(self) -> StepTiming:
+        return StepTiming("graph", 1e-3, 0.0)
 
 
 class AheadRunner(FakeRunner):

@@ -62,6 +62,7 @@ async def test_phases_hang_under_the_server_span_and_add_up(
             seconds(found["decode"]), abs=1e-6
         )
         assert attributes["nanoinfer.engine.step.count"] == 12
+        assert attributes["nanoinfer.engine.graph.replays"] == 0
         assert attributes["nanoinfer.engine.batch.max"] == 1
         assert attributes["nanoinfer.engine.kv.blocks"] == 13
         assert attributes["nanoinfer.engine.preemptions"] == 0

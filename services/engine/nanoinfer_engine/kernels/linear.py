@@ -1,6 +1,6 @@
 """Matrix products of a few rows: reading the weights once is all that counts.
 
-`gemv` is for one row and takes in what surrounds it in the decoder: RMSNorm before, SiLU · mul or
+`gemv` is for one row and takes in what surrounds it in the decoder: RMSNorm before, a gate or
 the residual sum after. `few_rows` is for up to 64 rows: the weights stand as the left operand, so
 that the matrix units' long side is the output's. Both load their first weights before they wait
 for the previous kernel.
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoinfer_engine.kernels.activation import activate
 from nanoinfer_engine.kernels.launch import ceil_div, pdl_options
 
 
@@ -41,7 +42,8 @@ class TileShape:
 def _gemv_kernel(
     x, weight, bias, gain, output, N, K, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -91,7 +93,7 @@ def _gemv_kernel(
         if GATED:
             total_up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
     if GATED:
-        total = total / (1.0 + tl.exp(-total)) * total_up
+        total = activate(total, ACTIVATION) * total_up
     if RESIDUAL:
         total += tl.load(output + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(output + n, total.to(output.dtype.element_ty), mask=n < N)
@@ -107,13 +109,14 @@ def gemv(
     gain: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    activation: str = "silu",
     residual: bool = False,
     pdl: bool = False,
 ) -> Tensor:
     """`output` [1, N] = weight [N, K] @ x [1, K], with what surrounds it.
 
     With `gain`, x is normalised by RMSNorm first. With `gated`, weight is [2 * N, K] and the
-    result silu(first half) * second half. With `residual` the product is added to `output`.
+    result activation(first half) * second half. With `residual` the product is added to `output`.
     """
     num_outputs, columns = output.shape[1], weight.shape[1]
     _gemv_kernel[(ceil_div(num_outputs, shape.block_n),)](
@@ -130,6 +133,7 @@ def gemv(
         EVEN=columns % shape.block_k == 0,
         NORM=gain is not None,
         GATED=gated,
+        ACTIVATION=activation,
         RESIDUAL=residual,
         BIAS=bias is not None,
         num_warps=shape.num_warps,
@@ -152,6 +156,7 @@ def _few_rows_kernel(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -186,7 +191,7 @@ def _few_rows_kernel(
         if GATED:
             acc_up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if GATED:
-        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+        acc = activate(acc, ACTIVATION) * acc_up
     target = output + (part * M + m[None, :]).to(tl.int64) * N + n[:, None]
     tl.store(target, acc.to(output.dtype.element_ty), mask=inside & real)
 
@@ -199,11 +204,13 @@ def few_rows(
     *,
     bias: Tensor | None = None,
     gated: bool = False,
+    activation: str = "silu",
     pdl: bool = False,
 ) -> Tensor:
     """`output` [splits, M, N]: parts whose sum is x [M, K] @ weight [N, K] transposed.
 
-    K must be a multiple of block_k * splits. `bias` and `gated` (as in `gemv`) need one split.
+    K must be a multiple of block_k * splits. `bias` and `gated`, with its `activation` (as in
+    `gemv`), need one split.
     """
     rows, columns = x.shape
     num_outputs = output.shape[-1]
@@ -220,6 +227,7 @@ def few_rows(
         BLOCK_K=shape.block_k,
         SPLITS=shape.splits,
         GATED=gated,
+        ACTIVATION=activation,
         BIAS=bias is not None,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,

@@ -1,4 +1,4 @@
-"""Row kernels between the matrix products: embedding, residual + RMSNorm, SiLU · mul."""
+"""Row kernels between the matrix products: embedding, residual + RMSNorm, activation · mul."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoinfer_engine.kernels.activation import activate
 from nanoinfer_engine.kernels.launch import ceil_div, pdl_options, power_of_two
 
 
@@ -129,7 +130,14 @@ def add_norm(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, output, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _gate_mul_kernel(
+    gate_up,
+    output,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -138,17 +146,25 @@ def _silu_mul_kernel(gate_up, output, WIDTH: tl.constexpr, BLOCK: tl.constexpr, 
     inside = columns < WIDTH
     gate = tl.load(gate_up + row * 2 * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0.0)
-    value = gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)
+    value = activate(gate, ACTIVATION) * up.to(tl.float32)
     tl.store(output + row * WIDTH + columns, value.to(output.dtype.element_ty), mask=inside)
 
 
-def silu_mul(gate_up: Tensor, output: Tensor | None = None, *, pdl: bool = False) -> Tensor:
-    """[rows, 2 * width] → silu(first half) * second half, [rows, width]."""
+def gate_mul(
+    gate_up: Tensor, activation: str, output: Tensor | None = None, *, pdl: bool = False
+) -> Tensor:
+    """[rows, 2 * width] → activation(first half) * second half, [rows, width]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if output is None:
         output = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     block = min(power_of_two(width), 2048)
-    _silu_mul_kernel[(rows, ceil_div(width, block))](
-        gate_up, output, WIDTH=width, BLOCK=block, num_warps=4, **pdl_options(pdl)
+    _gate_mul_kernel[(rows, ceil_div(width, block))](
+        gate_up,
+        output,
+        WIDTH=width,
+        BLOCK=block,
+        ACTIVATION=activation,
+        num_warps=4,
+        **pdl_options(pdl),
     )
     return output

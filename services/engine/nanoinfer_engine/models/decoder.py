@@ -9,6 +9,8 @@ shape; attention goes through the backend that `forward` is given.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,6 +20,13 @@ from torch.nn import functional
 from nanoinfer_engine.attention import AttentionBackend
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.models.layout import CheckpointLayout, ModuleSource
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+"""By the name in `ModelConfig`."""
 
 PlanT = TypeVar("PlanT")
 
@@ -146,19 +155,20 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up fused (SwiGLU, arXiv:2002.05202)."""
+    """down(activation(gate(x)) * up(x)), gate and up fused (SwiGLU, GEGLU: arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Sizes and biases from `config`."""
+        """Sizes, biases and the activation from `config`."""
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
+        self.activate = ACTIVATIONS[config.activation]
         self.gate_up = nn.Linear(hidden, 2 * inner, bias=config.mlp_bias)
         self.down = nn.Linear(inner, hidden, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(functional.silu(gate).mul_(up))  # type: ignore[no-any-return]
+        return self.down(self.activate(gate).mul_(up))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):

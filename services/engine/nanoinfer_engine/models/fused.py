@@ -212,6 +212,7 @@ class FusedDecoder:
             gain=linear.gain,
             eps=self._config.norm_eps,
             gated=linear.gated,
+            activation=linear.activation,
             residual=residual is not None,
             pdl=pdl,
         )
@@ -229,7 +230,13 @@ def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig) -> FusedLaye
         "output": Linear(
             attention.output.weight, attention.output.bias, joins=attention.output.bias is None
         ),
-        "gate_up": Linear(mlp.gate_up.weight, mlp.gate_up.bias, gated=True, gain=gains[1]),
+        "gate_up": Linear(
+            mlp.gate_up.weight,
+            mlp.gate_up.bias,
+            gated=True,
+            activation=config.activation,
+            gain=gains[1],
+        ),
         "down": Linear(mlp.down.weight, mlp.down.bias, joins=mlp.down.bias is None),
     }
     norms = attention.query_norm, attention.key_norm

@@ -1,0 +1,221 @@
+"""Host time, busy and idle device: told apart by the pipeline, summed up by the statistics."""
+
+from __future__ import annotations
+
+import pytest
+from nanoinfer_engine.batch import Batch, BatchRow, EndedStep, RowResult, StepKind, StepTiming
+from nanoinfer_engine.engine import Engine
+from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
+from nanoinfer_engine.pipeline import Pipeline
+from prometheus_client.core import Metric
+
+from tests.engine.control.test_running_ahead import AheadRunner
+from tests.engine.fakes import (
+    GREEDY,
+    FakeClock,
+    FakeListener,
+    FakeRunner,
+    make_config,
+    make_request,
+)
+
+BATCH = Batch((BatchRow((5, 6), 0, (0,), samples=True, sampling=GREEDY),))
+
+
+class SlowRunner(FakeRunner):
+    """Takes 3 s for a step, and no device does it for it."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def execute(self, batch: Batch) -> list[RowResult]:
+        self.clock.advance(3)
+        return super().execute(batch)
+
+
+class TimedStep:
+    """2 s of the host's time to read, after it waited."""
+
+    def __init__(self, clock: FakeClock, timing: StepTiming, results: list[RowResult]) -> None:
+        self.clock, self.own, self.row_results = clock, timing, results
+
+    def results(self) -> list[RowResult]:
+        self.clock.advance(2 + self.own.waited)
+        return self.row_results
+
+    def timing(self) -> StepTiming:
+        return self.own
+
+
+class TimedRunner(FakeRunner):
+    """Launches within 1 s; what its device did is given beforehand, None for a step on the host."""
+
+    runs_ahead = True
+
+    def __init__(self, clock: FakeClock, timings: list[StepTiming | None]) -> None:
+        super().__init__()
+        self.clock, self.timings = clock, timings
+
+    def launch(self, batch: Batch) -> TimedStep:
+        self.clock.advance(1)
+        timing = self.timings.pop(0)
+        step = TimedStep(self.clock, timing or graph(0, 0), self.execute(batch))
+        if timing is None:
+            step.results = lambda: step.row_results  # type: ignore[method-assign]
+            step.timing = lambda: None  # type: ignore[method-assign, assignment, return-value]
+        return step
+
+
+def graph(busy: float, idle: float, waited: float = 0.0) -> StepTiming:
+    return StepTiming("graph", busy, idle, waited)
+
+
+def advance(pipeline: Pipeline, batch: Batch | None = BATCH) -> EndedStep:
+    step = pipeline.advance(batch)
+    assert step is not None
+    return step
+
+
+def test_without_a_device_executing_is_busy_and_the_rest_is_idle() -> None:
+    clock = FakeClock()
+    pipeline = Pipeline(SlowRunner(clock), clock)
+    clock.advance(0.5)
+    first = advance(pipeline)
+    clock.advance(0.25)
+    second = advance(pipeline)
+    assert first.timing == StepTiming("eager", 3, 0)  # nothing ran before
+    assert first.host == pytest.approx(0.5)
+    assert second.timing.busy == pytest.approx(3)
+    assert second.timing.idle == second.host == pytest.approx(0.25)
+
+
+def test_time_without_work_is_neither_idle_nor_the_hosts() -> None:
+    clock = FakeClock()
+    pipeline = Pipeline(SlowRunner(clock), clock)
+    advance(pipeline)
+    clock.advance(100)
+    pipeline.resume()
+    clock.advance(0.25)
+    step = advance(pipeline)
+    assert step.timing.idle == 0
+    assert step.host == pytest.approx(0.25)
+
+
+def test_the_host_works_while_the_device_does_and_waiting_is_not_work() -> None:
+    clock = FakeClock()
+    timings: list[StepTiming | None] = [graph(7, 50), graph(8, 0.5, waited=4), graph(9, 0.125)]
+    pipeline = Pipeline(TimedRunner(clock, timings), clock)
+    clock.advance(0.25)
+    assert pipeline.advance(BATCH) is None
+    clock.advance(0.5)
+    first = advance(pipeline)
+    assert first.timing == graph(7, 0)  # what was before is not known to have been work
+    assert first.host == pytest.approx(0.25 + 0.5 + 1 + 2)
+    clock.advance(0.5)
+    second = advance(pipeline)
+    assert second.timing == graph(8, 0.5, waited=4)
+    assert second.host == pytest.approx(0.5 + 1 + 2)
+    third = advance(pipeline, None)
+    assert third.timing == graph(9, 0.125)
+    assert third.host == pytest.approx(1 + 2)
+    assert not pipeline.is_busy
+
+
+def test_a_step_on_the_host_between_two_on_the_device() -> None:
+    clock = FakeClock()
+    timings: list[StepTiming | None] = [graph(7, 0), None, graph(8, 60), graph(9, 0.5)]
+    pipeline = Pipeline(TimedRunner(clock, timings), clock)
+    pipeline.advance(BATCH)
+    advance(pipeline)
+    clock.advance(0.25)
+    on_host = advance(pipeline)
+    assert on_host.timing == StepTiming("eager", 1, 0)
+    # since the host's step was over: the results read, and what the thread did meanwhile
+    after = advance(pipeline)
+    assert after.timing == graph(8, 2.25)
+    assert advance(pipeline, None).timing.idle == 0.5
+
+
+def test_a_lost_step_leaves_the_times_of_the_next_right() -> None:
+    clock = FakeClock()
+    runner = SlowRunner(clock)
+    pipeline = Pipeline(runner, clock)
+    runner.fail_step = RuntimeError("no memory")
+    with pytest.raises(RuntimeError, match="memory"):
+        pipeline.advance(BATCH)
+    step = advance(pipeline)
+    assert step.host == pytest.approx(0)
+    assert step.timing.busy == pytest.approx(3)
+
+
+def ended(kind: StepKind, busy: float, idle: float, host: float = 0.001) -> EndedStep:
+    return EndedStep(BATCH, [None], 0, int(busy * 1e9), StepTiming(kind, busy, idle), host)
+
+
+def families(steps: list[EndedStep]) -> dict[str, Metric]:
+    statistics = make_statistics(256)
+    for step in steps:
+        statistics.record_step(step)
+    snapshot = statistics.snapshot(0)
+    load = Engine(make_config(), FakeRunner, make_statistics, FakeListener([])).load
+    facts = Facts("m", 4, 8, {"requests": 0, "tokens": 0, "bytes": 0}, load, snapshot)
+    return {family.name: family for family in EngineCollector("vllm:", lambda: facts).collect()}
+
+
+def counts(family: Metric) -> dict[str, float]:
+    return {
+        sample.labels["kind"]: sample.value
+        for sample in family.samples
+        if sample.name.endswith("_count")
+    }
+
+
+def test_both_kinds_are_shown_from_the_start() -> None:
+    found = families([])
+    assert counts(found["nanoinfer_engine_step_seconds"]) == {"eager": 0, "graph": 0}
+    assert found["nanoinfer_engine_device_idle_share"].samples[0].value == 0
+    assert found["nanoinfer_engine_graph_replays"].samples[0].value == 0
+
+
+def test_kinds_and_times_are_counted() -> None:
+    found = families([ended("eager", 0.3, 0.1, 0.002), *[ended("graph", 0.1, 0.1, 0.004)] * 3])
+    assert counts(found["nanoinfer_engine_step_seconds"]) == {"eager": 1, "graph": 3}
+    assert found["nanoinfer_engine_graph_replays"].samples[0].value == 3
+    busy = found["nanoinfer_engine_device_busy_seconds"].samples[0]
+    assert (busy.name, busy.value) == (
+        "nanoinfer_engine_device_busy_seconds_total",
+        pytest.approx(0.6),
+    )
+    assert found["nanoinfer_engine_device_idle_seconds"].samples[0].value == pytest.approx(0.4)
+    host = found["nanoinfer_engine_step_host_seconds"]
+    values = {sample.name.rpartition("_")[2]: sample.value for sample in host.samples}
+    assert values["sum"] == pytest.approx(0.014)
+    assert values["count"] == 4
+
+
+def test_the_idle_share_follows_the_last_hundred_steps() -> None:
+    def share(steps: list[EndedStep]) -> float:
+        value: float = families(steps)["nanoinfer_engine_device_idle_share"].samples[0].value
+        return value
+
+    busy, idle = [ended("graph", 0.01, 0)] * 500, [ended("graph", 0.01, 0.01)] * 500
+    assert share(busy) == 0
+    assert share(idle) == pytest.approx(0.5)
+    assert share(busy + idle) == pytest.approx(0.5, abs=0.01)
+    assert 0.1 < share(busy + idle[:50]) < 0.3
+
+
+def test_a_request_counts_its_graph_replays() -> None:
+    from nanoinfer_engine.capacity import Capacity
+    from nanoinfer_engine.scheduler import Scheduler
+
+    runner = AheadRunner()
+    scheduler = Scheduler(make_config(), Capacity(256, 256))
+    request = make_request(max_tokens=3)
+    scheduler.add(request)
+    for kind in ("eager", "graph", "graph"):
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.update(batch, runner.execute(batch), kind)  # type: ignore[arg-type]
+    assert (request.num_steps, request.num_graph_replays) == (3, 2)
