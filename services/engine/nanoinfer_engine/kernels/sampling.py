@@ -21,7 +21,7 @@ from nanoinfer_engine.kernels.drawing import draw
 from nanoinfer_engine.kernels.launch import ceil_div, pdl_options, power_of_two
 from nanoinfer_engine.kernels.shaping import count_token, shaped
 
-_SLICE = 4096
+_SLICE, _PIECE = 4096, 512
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def _slices_kernel(
     VOCAB: tl.constexpr,
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
+    PIECE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, part = tl.program_id(0), tl.program_id(1)
@@ -83,11 +84,17 @@ def _slices_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     ids = part * SLICE + tl.arange(0, SLICE)
-    x = tl.load(logits + row.to(tl.int64) * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
-    x = x.to(tl.float32)
+    own = row.to(tl.int64) * VOCAB
+    x = tl.load(logits + own + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
     if slot >= 0:
-        x = shaped(x, ids, slot, repetition, frequency, presence, counts, bias, row, VOCAB)
-        tl.store(shaped_logits + row.to(tl.int64) * VOCAB + ids, x, mask=ids < VOCAB)
+        # in pieces and through memory: many registers here would leave plain rows fewer warps
+        for start in range(0, SLICE, PIECE):
+            some = part * SLICE + start + tl.arange(0, PIECE)
+            y = tl.load(logits + own + some, mask=some < VOCAB, other=0.0).to(tl.float32)
+            y = shaped(y, some, slot, repetition, frequency, presence, counts, bias, row, VOCAB)
+            tl.store(shaped_logits + own + some, y, mask=some < VOCAB)
+        tl.debug_barrier()
+        x = tl.load(shaped_logits + own + ids, mask=ids < VOCAB, other=float("-inf"))
     # a maximum may pass over NaN; a NaN must end its row
     top = tl.where(tl.sum((x != x).to(tl.int32), axis=0) > 0, float("nan"), tl.max(x, axis=0))
     place = row * SLICES + part
@@ -182,7 +189,9 @@ def choose(
         VOCAB=vocab_size,
         SLICES=slices,
         SLICE=_SLICE,
+        PIECE=_PIECE,
         num_warps=8,
+        maxnreg=40,
         **pdl_options(pdl),
     )
     _choose_kernel[(rows,)](

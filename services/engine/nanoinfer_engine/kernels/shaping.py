@@ -13,9 +13,9 @@ import triton.language as tl
 
 @triton.jit
 def shaped(x, ids, slot, repetition, frequency, presence, counts, bias, row, VOCAB: tl.constexpr):
-    """Float32 logits `x` of `ids`, -inf beyond the vocabulary, as the options of `row` want them.
+    """Float32 logits `x` of `ids` as the options of `row` want them, in the order of the host.
 
-    The same order as on the host, and NaN stays NaN but where its id is removed.
+    NaN stays NaN but where its id is removed; beyond the vocabulary nothing changes.
     """
     inside = ids < VOCAB
     own = slot.to(tl.int64) * VOCAB + ids
