@@ -1,10 +1,12 @@
-"""Measures the engine's core on one GPU: scenarios a to d of docs/performance.md, random weights.
+"""Measures the engine's core on one GPU, random weights: scenarios of docs/performance.md, and e.
 
     python benchmarks/engine.py --shape 0.6b --scenarios a c8 c32 c64 c128 c256 b d --out FILE
 
 Scheduler, pipeline and runner as the service runs them, without gRPC. a and c are decode rates,
 b·(n-1)/(t-t1), with t1 from a run of one output token; b is output tokens over wall time, d prompt
-tokens over wall time. Prints one JSON line per scenario, the median of `--repeats` runs.
+tokens over wall time. e: a prompt of 8,000 tokens arrives beside 64 streams; output tokens over
+wall time, how long the streams wait between two steps until its first token, and that one's time.
+Prints one JSON line per scenario, the median of `--repeats` runs.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from nanoinfer_engine.batch import StepTiming
+from nanoinfer_engine.batch import EndedStep, StepTiming
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.pipeline import Pipeline
@@ -55,6 +57,33 @@ LIMITS = {
     },
 }
 GREEDY = SamplingOptions(0.0, 0, 1.0, 0.0, 0)
+FLOWING_TOKENS = 32  # of every stream, before the late prompt of e arrives
+
+
+@dataclass
+class Late:
+    """A request that arrives beside streams, and how long those wait until its first token."""
+
+    request: Request
+    last_step: int = 0
+    gaps: list[float] = field(default_factory=list)
+
+    def see(self, step: EndedStep) -> None:
+        """A step that the streams had a token of, after the request's arrival."""
+        if self.last_step:
+            self.gaps.append((step.ended - self.last_step) * 1e-6)
+        self.last_step = step.ended
+
+    @property
+    def details(self) -> dict[str, float]:
+        """Milliseconds."""
+        times, gaps = self.request.times, sorted(self.gaps)
+        return {
+            "gap_ms_median": statistics.median(gaps),
+            "gap_ms_p99": gaps[-(-99 * len(gaps) // 100) - 1],
+            "gap_ms_max": gaps[-1],
+            "late_first_token_ms": ((times.first_token or 0) - times.arrived) * 1e-6,
+        }
 
 
 @dataclass
@@ -65,6 +94,7 @@ class Run:
     num_tokens: int
     steps: list[StepTiming]
     host_seconds: float
+    late: Late | None
 
     @property
     def details(self) -> dict[str, float]:
@@ -91,34 +121,52 @@ class Bench:
             self.runner.max_model_len, self.runner.num_blocks * self.runner.block_size
         )
 
-    def run(self, lengths: Sequence[tuple[int, int]], sampling: SamplingOptions, seed: int) -> Run:
-        """All requests at once, to their ends."""
+    def run(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        sampling: SamplingOptions,
+        seed: int,
+        late_lengths: tuple[int, int] | None = None,
+    ) -> Run:
+        """All requests at once, to their ends; a late one as soon as all others are flowing."""
         source = random.Random(seed)
         scheduler = Scheduler(self.config, self.capacity)
         pipeline = Pipeline(self.runner)
-        for index, (num_prompt, num_output) in enumerate(lengths):
+        requests = []
+        for index, (num_prompt, num_output) in enumerate((*lengths, *filter(None, [late_lengths]))):
             prompt = tuple(source.randrange(self.vocab_size) for _ in range(num_prompt))
             stopping = StoppingOptions(num_output, 0, frozenset(), frozenset(), False)
-            scheduler.add(
-                Request(
-                    str(index), 0, prompt, sampling, stopping, RequestTimes(time.monotonic_ns())
-                )
-            )
+            times = RequestTimes(time.monotonic_ns())
+            requests.append(Request(str(index), 0, prompt, sampling, stopping, times))
+        late = None if late_lengths is None else Late(requests.pop())
+        for request in requests:
+            scheduler.add(request)
         torch.cuda.synchronize()
         began = time.perf_counter()
         pipeline.resume()
         num_tokens, host, steps = 0, 0.0, []
         while scheduler.has_work or pipeline.is_busy:
             step = pipeline.advance(scheduler.schedule())
-            if step is not None:
-                outputs = scheduler.update(step.batch, step.results)
-                num_tokens += sum(len(output.tokens) for output in outputs)
-                steps.append(step.timing)
-                host += step.host
-        expected = sum(num_output for _, num_output in lengths)
+            if step is None:
+                continue
+            is_waiting = late is not None and late.request.times.first_token is None
+            outputs = scheduler.update(step.batch, step.results)
+            num_tokens += sum(len(output.tokens) for output in outputs)
+            steps.append(step.timing)
+            host += step.host
+            if late is None or not is_waiting:
+                continue
+            if late.last_step:
+                late.see(step)
+            elif min(len(each.completion_token_ids) for each in requests) >= FLOWING_TOKENS:
+                late.see(step)
+                late.request.times.arrived = time.monotonic_ns()
+                scheduler.add(late.request)
+        expected = sum(request.stopping.max_tokens for request in requests)
+        expected += 0 if late is None else late.request.stopping.max_tokens
         if num_tokens != expected:
             raise RuntimeError(f"{num_tokens} tokens came, {expected} were asked for")
-        return Run(time.perf_counter() - began, num_tokens, steps, host)
+        return Run(time.perf_counter() - began, num_tokens, steps, host, late)
 
     def scenario(self, name: str) -> tuple[int, float, dict[str, float]]:
         """Batch, tokens per second and what else is worth knowing, of one run."""
@@ -132,6 +180,10 @@ class Bench:
         if name == "d":
             run = self.run([(2048, 1)] * 32, GREEDY, 1)
             return 32, 32 * 2048 / run.seconds, run.details
+        if name == "e":
+            run = self.run([(512, 512)] * 64, GREEDY, 1, late_lengths=(8000, 64))
+            details = {**(run.late.details if run.late else {}), **run.details}
+            return 65, run.num_tokens / run.seconds, details
         batch, num_prompt, num_output = (1, 128, 512) if name == "a" else (int(name[1:]), 512, 256)
         first = self.run([(num_prompt, 1)] * batch, GREEDY, 1)
         whole = self.run([(num_prompt, num_output)] * batch, GREEDY, 1)
@@ -161,17 +213,18 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
     bench.scenario(name)  # shapes that only this scenario has are planned here
     runs = [bench.scenario(name) for _ in range(arguments.repeats)]
     batch, tok_s, details = sorted(runs, key=lambda run: run[1])[len(runs) // 2]
-    limit = LIMITS[arguments.shape][name]
+    limit = LIMITS[arguments.shape].get(name)
     return {
         "scenario": name[0],
         "shape": arguments.shape,
         "batch": batch,
         "tok_s": round(tok_s, 1),
-        "fraction_of_limit": round(tok_s / limit, 3),
+        "fraction_of_limit": None if limit is None else round(tok_s / limit, 3),
         "spread": round(statistics.pstdev(run[1] for run in runs) / tok_s, 4),
         "repeats": arguments.repeats,
         "dtype": arguments.dtype,
         "max_batch_tokens": bench.config.max_batch_tokens,
+        "max_mixed_tokens": bench.config.mixed_step_tokens,
         **{key: round(value, 4) for key, value in details.items()},
         "commit": arguments.commit or commit(),
         "torch": torch.__version__,
@@ -188,6 +241,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
+    parser.add_argument("--max-mixed-tokens", type=int, help="in a step beside decodes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the tree is no git checkout")
     return parser.parse_args(argv)
@@ -204,6 +258,7 @@ def main(argv: Sequence[str]) -> int:
         max_model_len=8192,
         max_batch_tokens=arguments.max_batch_tokens,
         max_batch_requests=256,
+        max_mixed_tokens=arguments.max_mixed_tokens,
         prefix_caching=False,
     )
     dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16

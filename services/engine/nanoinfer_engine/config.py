@@ -18,8 +18,9 @@ class EngineConfig:
     `kv_cache_bytes` is the memory budget from which the number of blocks follows; None, on a CUDA
     device alone, takes what a trial of the largest step leaves of `device_memory_share`, the share
     of the device's memory that the engine may use. `block_size` is in tokens. `max_batch_tokens`
-    and `max_batch_requests` bound one step, `max_waiting_requests`, `max_waiting_tokens` (prompt
-    tokens) and `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
+    and `max_batch_requests` bound one step, `max_mixed_tokens` one in which somebody decodes (None:
+    no further), `max_waiting_requests`, `max_waiting_tokens` (prompt tokens) and
+    `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
     start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
     `max_model_len` None means what the model allows.
     """
@@ -34,11 +35,18 @@ class EngineConfig:
     max_model_len: int | None = None
     max_batch_tokens: int = 512
     max_batch_requests: int = 64
+    max_mixed_tokens: int | None = None
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 1_000_000
     max_waiting_bytes: int = 64 * 1024 * 1024
     max_queue_seconds: float | None = None
     prefix_caching: bool = True
+
+    @property
+    def mixed_step_tokens(self) -> int:
+        """Most tokens of a step in which somebody decodes."""
+        mixed = self.max_batch_tokens if self.max_mixed_tokens is None else self.max_mixed_tokens
+        return min(mixed, self.max_batch_tokens)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ class Plan:
         self.grants[request] = num_tokens
         self.budget -= num_tokens
 
+    def cap(self, max_tokens: int) -> None:
+        """Let the step have no more tokens in all, but for those that are granted already."""
+        self.budget = min(self.budget, max(max_tokens - sum(self.grants.values()), 0))
+
     def revoke(self, request: Request) -> None:
         """Take back what the request was granted, if anything."""
         self.budget += self.grants.pop(request, 0)

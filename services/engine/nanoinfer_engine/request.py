@@ -242,10 +242,13 @@ class Request:
     @property
     def can_go_on(self) -> bool:
         """Whether the next step can be planned without an id that is still to be read."""
-        if not self.num_unread_tokens:
-            return True
+        return not self.num_unread_tokens or (self.may_run_ahead and self.wants_more)
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether its length allows more than the ids that are known or still to be read."""
         num_completion_tokens = len(self.completion_token_ids) + self.num_unread_tokens
-        return self.may_run_ahead and num_completion_tokens < self.stopping.max_tokens
+        return num_completion_tokens < self.stopping.max_tokens
 
     def append(self, token_id: int) -> None:
         """Add a completion token."""

@@ -36,8 +36,8 @@ class Scheduler:
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Own as many blocks as `capacity` holds; `clock` gives monotonic nanoseconds."""
-        if config.max_batch_requests > config.max_batch_tokens:
-            raise ValueError("max_batch_requests may not exceed max_batch_tokens")
+        if config.max_batch_requests > config.mixed_step_tokens:
+            raise ValueError("max_batch_requests may not exceed max_batch_tokens, max_mixed_tokens")
         self.capacity = capacity
         self.num_preemptions = 0
         self._config = config
@@ -59,9 +59,8 @@ class Scheduler:
     @property
     def load(self) -> Load:
         """How busy the scheduler is now."""
-        waiting = self._waiting
+        waiting, num_running = self._waiting, len(self._running)
         prompt_tokens, num_bytes = waiting.num_prompt_tokens, waiting.num_bytes
-        num_running = len(self._running)
         return Load(num_running, len(waiting), prompt_tokens, num_bytes, self._tables.usage)
 
     def add(self, request: Request) -> None:
@@ -201,12 +200,15 @@ class Scheduler:
     def _grant_decodes(self, plan: Plan) -> bool:
         """Grant a token to who needs but one; returns whether nobody had to be preempted."""
         num_running = len(self._running)
-        decodes = [r for r in self._running if r.num_pending_tokens == 1 and r.can_go_on]
-        for request in sorted(decodes, key=order):
-            if request in self._running and plan.budget and self._reserve(request, plan):
+        decoding = [r for r in self._running if r.num_pending_tokens == 1 and r.wants_more]
+        for request in sorted(decoding, key=order):
+            is_next = request in self._running and request.can_go_on
+            if is_next and plan.budget and self._reserve(request, plan):
                 plan.grant(request, 1)
         # Now that no grant is revoked any more, what they fill can be found.
         self._remember(plan, plan.grants)
+        if decoding:
+            plan.cap(self._config.mixed_step_tokens)
         return len(self._running) == num_running
 
     def _reserve(self, request: Request, plan: Plan) -> bool:

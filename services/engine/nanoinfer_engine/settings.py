@@ -52,6 +52,12 @@ class EngineSettings(ServiceSettings):
     max_batch_requests: int | None = Field(
         None, ge=1, description="Most completions in one step; 256 on CUDA, else 64."
     )
+    max_mixed_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of a step in which somebody decodes: the smaller, the steadier"
+        " are streams beside long prompts; 2048 on CUDA, else max_batch_tokens.",
+    )
     max_waiting_requests: int = Field(256, ge=1, description="Most completions in the queue.")
     max_waiting_tokens: int = Field(1_000_000, ge=1, description="Most prompt tokens in the queue.")
     max_waiting_bytes: ByteSize = Field(
@@ -84,6 +90,8 @@ class EngineSettings(ServiceSettings):
         config = self.engine_config()
         if config.max_batch_requests > config.max_batch_tokens:
             raise ValueError("max_batch_requests is more than max_batch_tokens")
+        if config.max_batch_requests > config.mixed_step_tokens:
+            raise ValueError("max_batch_requests is more than max_mixed_tokens")
         return self
 
     @property
@@ -95,6 +103,8 @@ class EngineSettings(ServiceSettings):
         """What the core is built from, with what the device decides resolved."""
         is_cuda = self.device.startswith("cuda")
         requests, tokens, dtype = (256, 8192, "float16") if is_cuda else (64, 512, "float32")
+        requests = self.max_batch_requests or requests
+        mixed = max(2048, requests) if is_cuda else None
         memory = None if is_cuda else 256 * 1024**2
         return EngineConfig(
             model_path=self.model,
@@ -106,7 +116,8 @@ class EngineSettings(ServiceSettings):
             block_size=self.block_size,
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens or tokens,
-            max_batch_requests=self.max_batch_requests or requests,
+            max_batch_requests=requests,
+            max_mixed_tokens=self.max_mixed_tokens or mixed,
             max_waiting_requests=self.max_waiting_requests,
             max_waiting_tokens=self.max_waiting_tokens,
             max_waiting_bytes=int(self.max_waiting_bytes),

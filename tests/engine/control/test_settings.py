@@ -41,6 +41,18 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     assert parse("--model", "a", "--model-name", "x").served_name == "x"
 
 
+def test_what_streams_leave_to_prompts_follows_the_device() -> None:
+    def mixed(*flags: str) -> int:
+        return parse("--model", "a", *flags).engine_config().mixed_step_tokens
+
+    assert mixed() == 512
+    assert mixed("--max-mixed-tokens", "100") == 100
+    assert mixed("--device", "cuda") == 2048
+    assert mixed("--device", "cuda", "--max-batch-tokens", "1024") == 1024
+    assert mixed("--device", "cuda", "--max-batch-requests", "4096") == 4096
+    assert mixed("--device", "cuda", "--max-mixed-tokens", "8192") == 8192
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -52,6 +64,8 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
         ["--model", "a", "--max-waiting-bytes", "0"],
         ["--model", "a", "--dtype", "int3"],
         ["--model", "a", "--max-batch-tokens", "8", "--max-batch-requests", "9"],
+        ["--model", "a", "--max-mixed-tokens", "63"],
+        ["--model", "a", "--max-mixed-tokens", "0"],
         ["--model", "a", "--max-model-len", "1"],
         ["--model", "a", "--no-such-flag", "1"],
     ],
