@@ -1,4 +1,4 @@
-"""Measures the engine's core on one GPU: scenarios a to e of docs/performance.md, random weights.
+"""Measures the engine's core on one GPU, random weights: scenarios of docs/performance.md, and e.
 
     python benchmarks/engine.py --shape 0.6b --scenarios a c8 c32 c64 c128 c256 b d --out FILE
 
