@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
 from nanoinfer_engine.kernels.norms import silu_mul
+from nanoinfer_engine.kernels.quantize import quantize_rows
+from nanoinfer_engine.quantization import scaled_product
 from nanoinfer_engine.tuning import time_graph
 
 _LOG = logging.getLogger(__name__)
 
 Choice = GemvShape | TileShape | None
-"""None is cuBLAS."""
+"""None is cuBLAS, for 8-bit weights with 8-bit activations."""
 
 FEW_ROWS = (16, 32, 64)
 """Batch sizes up to which a kernel of our own is tried; beyond the last, cuBLAS multiplies."""
@@ -47,18 +49,21 @@ _TILE_SHAPES = (
     TileShape(64, 64, 2, 4, 6),
     TileShape(128, 64, 1, 4, 4),
 )
+# of 8-bit weights a tile of as many bytes has twice the columns
+_WIDE_TILE_SHAPES = tuple(replace(shape, block_k=2 * shape.block_k) for shape in _TILE_SHAPES)
 
 
 @dataclass(frozen=True)
 class Linear:
     """One matrix product of the decoder.
 
-    `gated` ends in SiLU · mul; `splittable` may give parts; `gain` is of the RMSNorm before it,
-    where a GEMV is to take that in.
+    `scale` is for each row of an 8-bit weight. `gated` ends in SiLU · mul; `splittable` may give
+    parts; `gain` is of the RMSNorm before it, where a GEMV is to take that in.
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
     gated: bool = False
     splittable: bool = False
     gain: Tensor | None = None
@@ -70,22 +75,42 @@ class Linear:
 
 
 def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor:
-    """[rows, in] → parts [parts, rows, out] whose sum is the product; no GEMV (see there)."""
+    """[rows, in] → parts [parts, rows, out] whose sum is the product; no GEMV (see there).
+
+    Where activations of 8 bits multiply, what is not gated comes as bfloat16: whoever reads it
+    converts it anyway.
+    """
     shape = (len(x), linear.num_outputs)
     if isinstance(choice, TileShape):
         dtype = torch.float32 if choice.splits > 1 else x.dtype
         output = torch.empty((choice.splits, *shape), dtype=dtype, device=x.device)
         return few_rows(
-            x, linear.weight, output, choice, bias=linear.bias, gated=linear.gated, pdl=pdl
+            x,
+            linear.weight,
+            output,
+            choice,
+            scale=linear.scale,
+            bias=linear.bias,
+            gated=linear.gated,
+            pdl=pdl,
         )
-    product = torch.nn.functional.linear(x, linear.weight, linear.bias)
-    return (silu_mul(product, pdl=pdl) if linear.gated else product).unsqueeze(0)
+    if linear.scale is None:
+        product = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    else:
+        product = scaled_product(*quantize_rows(x, pdl=pdl), linear.weight, linear.scale)
+        if linear.bias is not None:
+            product += linear.bias
+    if not linear.gated:
+        return product.unsqueeze(0)
+    output = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return silu_mul(product, output, pdl=pdl).unsqueeze(0)
 
 
 @dataclass
 class LinearTable:
-    """The choices, by name of the product and batch size."""
+    """The choices, by name of the product and batch size, for activations of `dtype`."""
 
+    dtype: torch.dtype
     _choices: dict[tuple[str, int], Choice] = field(default_factory=dict)
 
     def tune(self, name: str, linears: Sequence[Linear], pdl: bool) -> dict[str, float]:
@@ -97,7 +122,7 @@ class LinearTable:
             timings: dict[Choice, float] = {}
             for choice in _candidates(rows, sample[0]):
                 try:
-                    timings[choice] = _time(sample, rows, choice, pdl)
+                    timings[choice] = _time(sample, rows, choice, pdl, self.dtype)
                 except Exception as error:  # a shape this device cannot hold is no candidate
                     _LOG.debug("%s × %d: %s: %s", name, rows, choice, error)
             best = min(timings, key=lambda each: timings[each])
@@ -119,20 +144,23 @@ def _candidates(rows: int, linear: Linear) -> list[Choice]:
     columns = linear.weight.shape[1]
     if rows == 1:
         return [shape for shape in _GEMV_SHAPES if shape.block_k < 2 * columns]
+    shapes = _TILE_SHAPES if linear.scale is None else (*_TILE_SHAPES, *_WIDE_TILE_SHAPES)
     tiles: list[Choice] = [
         shape
-        for shape in _TILE_SHAPES
+        for shape in shapes
         if columns % (shape.block_k * shape.splits) == 0
         and (shape.splits == 1 or linear.splittable)
     ]
     return [None, *tiles]
 
 
-def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> float:
+def _time(
+    linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool, dtype: torch.dtype
+) -> float:
     """Median microseconds of one product."""
     weight = linears[0].weight
-    x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    output = torch.zeros(1, linears[0].num_outputs, device=weight.device, dtype=weight.dtype)
+    x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=dtype)
+    output = torch.zeros(1, linears[0].num_outputs, device=weight.device, dtype=dtype)
 
     def run() -> None:
         for linear in linears:
@@ -142,6 +170,7 @@ def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> fl
                     linear.weight,
                     output,
                     choice,
+                    scale=linear.scale,
                     bias=linear.bias,
                     gain=linear.gain,
                     gated=linear.gated,

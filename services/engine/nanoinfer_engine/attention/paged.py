@@ -156,7 +156,7 @@ class PagedAttention:
             )
         if plan.prompts is not None:
             rest = (heads[0][count:], heads[1][count:], heads[2][count:])
-            attended = self._prompts(layer, rest, transform, plan.prompts, window)
+            attended = self._prompts(layer, rest, transform, plan.prompts, output.dtype)
             if not count:
                 return attended
             output[count:] = attended
@@ -168,15 +168,14 @@ class PagedAttention:
         heads: Heads,
         transform: HeadTransform,
         plan: PromptPlan,
-        window: int | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        cache = self._cache.layer(layer)
-        query, key = rotate_and_write(heads, cache, plan.slots, plan.positions, transform)
-        value = heads[2]
+        window = self._windows[layer]
+        query, key, value = rotate_and_write(
+            heads, self._cache.layer(layer), plan.slots, plan.positions, transform, dtype
+        )
         if plan.context_slots is not None:
-            key, value = (
-                cached.flatten(0, 1).index_select(0, plan.context_slots) for cached in cache
-            )
+            key, value = self._cache.gather_slots(layer, plan.context_slots)
         elif plan.equal_length is not None and window is None and _suits_cudnn(len(query), plan):
             return _cudnn(query, key, value, plan.equal_length)
         output: Tensor = torch.ops.aten._flash_attention_forward(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
 from nanoinfer_engine.config import ModelConfig
@@ -20,6 +20,7 @@ from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
 from nanoinfer_engine.linears import FEW_ROWS, Linear, LinearTable, apply_linear
 from nanoinfer_engine.models.decoder import Decoder, Layer
+from nanoinfer_engine.quantization import Fp8Linear
 
 MAX_FUSED_NORM = 2048
 """Hidden sizes up to which a GEMV takes the norm before it in: beyond, its registers cost more."""
@@ -64,10 +65,10 @@ class FusedDecoder:
 
     def __init__(self, model: Decoder, config: ModelConfig, backend: PagedAttention) -> None:
         """Share the weights of `model`, which must be on a CUDA device in half precision."""
-        self.table = LinearTable()
         self._config = config
         self._backend = backend
         self._embedding = model.embedding.weight
+        self.table = LinearTable(self._embedding.dtype)
         self._gain = model.norm.weight
         head = self._embedding if model.head is None else model.head.weight
         fuses = config.hidden_size <= MAX_FUSED_NORM
@@ -185,6 +186,7 @@ class FusedDecoder:
             linear.weight,
             output,
             shape,
+            scale=linear.scale,
             bias=linear.bias,
             gain=linear.gain,
             eps=self._config.norm_eps,
@@ -201,15 +203,25 @@ def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig) -> FusedLaye
     attention, mlp = layer.attention, layer.mlp
     fuses = config.hidden_size <= MAX_FUSED_NORM
     gains = [norm.weight if fuses else None for norm in (layer.attention_norm, layer.mlp_norm)]
+    output, down = attention.output, mlp.down
     products = {
-        "qkv": Linear(attention.qkv.weight, attention.qkv.bias, gain=gains[0]),
-        "output": Linear(
-            attention.output.weight, attention.output.bias, splittable=attention.output.bias is None
-        ),
-        "gate_up": Linear(mlp.gate_up.weight, mlp.gate_up.bias, gated=True, gain=gains[1]),
-        "down": Linear(mlp.down.weight, mlp.down.bias, splittable=mlp.down.bias is None),
+        "qkv": _linear(attention.qkv, gain=gains[0]),
+        "output": _linear(output, splittable=output.bias is None),
+        "gate_up": _linear(mlp.gate_up, gated=True, gain=gains[1]),
+        "down": _linear(down, splittable=down.bias is None),
     }
     norms = attention.query_norm, attention.key_norm
     head_gains = [None if norm is None else norm.weight for norm in norms]
     transform = HeadTransform(model.rotary, head_gains[0], head_gains[1], config.norm_eps)
     return FusedLayer(products, layer.attention_norm.weight, layer.mlp_norm.weight, transform)
+
+
+def _linear(
+    module: nn.Linear | Fp8Linear,
+    *,
+    gated: bool = False,
+    splittable: bool = False,
+    gain: Tensor | None = None,
+) -> Linear:
+    scale = module.scale if isinstance(module, Fp8Linear) else None
+    return Linear(module.weight, module.bias, scale, gated, splittable, gain)
