@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,7 +131,7 @@ def test_rows_that_need_the_host_find_the_same_cache(quantized: ModelRunner) -> 
     """The plain path reads what kernels wrote: log-probabilities beside plain rows."""
     (text,) = prompts(1, 30)
     plain_tokens = generate(quantized, [text], 6)
-    options = GREEDY.__class__(0.0, 0, 1.0, 0.0, 0, num_logprobs=1)
+    options = replace(GREEDY, num_logprobs=1)
     assert len(generate(quantized, [text], 6, options)[0]) == len(plain_tokens[0])
 
 
