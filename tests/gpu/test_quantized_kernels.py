@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nanoinfer_engine.kernels import heads, linear, quantize
+from nanoinfer_engine.kernels import heads, linear, norms, quantize
 from nanoinfer_engine.linears import Linear, apply_linear
 
 from tests.gpu.test_attention_kernels import FEW, MANY, SHAPES, Case, run, transformed
@@ -111,6 +111,26 @@ def test_quantize_gated_rows(width: int, device: torch.device) -> None:
     values, scales = quantize.quantize_rows(x, gated=True)
     gate, up = x.float().chunk(2, -1)
     assert relative_error(values.float() * scales, torch.nn.functional.silu(gate) * up) < 4e-2
+
+
+@stores_fp8
+@pytest.mark.parametrize("width", [384, 1024, 4096])
+def test_add_norm_in_8_bits(width: int, device: torch.device) -> None:
+    residual, gain = (
+        normal(*s, device=device, dtype=torch.float16) for s in ((5, width), (width,))
+    )
+    parts = normal(1, 5, width, device=device, dtype=torch.bfloat16)
+    parts[0, 4, 7] = float("inf")
+    total = (residual.float() + parts[0].float()).half()
+    values = torch.empty_like(residual, dtype=FP8)
+    scales = torch.full((5, 1), float("nan"), device=device)
+    norms.add_norm(residual, parts, gain, 1e-5, values, scales=scales)
+    assert torch.equal(residual, total)
+    expected_values, expected_scales = quantize_rows(rms_norm(total, gain, 1e-5))
+    assert torch.allclose(scales[:4], expected_scales[:4], rtol=1e-5)
+    restored, expected = values.float() * scales, expected_values.float() * expected_scales
+    assert relative_error(restored[:4], expected[:4]) < 1e-2
+    assert restored[4].isnan().any()
 
 
 def fp8_case(shape: tuple[int, int, int, int], contexts: list[int], device: torch.device) -> Case:

@@ -97,13 +97,24 @@ def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor
     if linear.scale is None:
         product = torch.nn.functional.linear(x, linear.weight, linear.bias)
     else:
-        product = scaled_product(*quantize_rows(x, pdl=pdl), linear.weight, linear.scale)
-        if linear.bias is not None:
-            product += linear.bias
+        product = quantized_product(quantize_rows(x, pdl=pdl), linear)
     if not linear.gated:
         return product.unsqueeze(0)
     output = torch.empty(shape, dtype=x.dtype, device=x.device)
     return silu_mul(product, output, pdl=pdl).unsqueeze(0)
+
+
+def quantized_product(rows: tuple[Tensor, Tensor], linear: Linear) -> Tensor:
+    """[rows, in] as e4m3 and scales, by an 8-bit weight → [rows, rows of the weight] in bfloat16.
+
+    Without what `gated` does. Raises ValueError for a weight that has no scale.
+    """
+    if linear.scale is None:
+        raise ValueError("the weight has no scale")
+    product = scaled_product(*rows, linear.weight, linear.scale)
+    if linear.bias is not None:
+        product += linear.bias
+    return product
 
 
 @dataclass

@@ -18,7 +18,15 @@ from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.kernels.heads import HeadTransform
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
-from nanoinfer_engine.linears import FEW_ROWS, Linear, LinearTable, apply_linear
+from nanoinfer_engine.kernels.quantize import quantize_rows
+from nanoinfer_engine.kv_cache import FP8
+from nanoinfer_engine.linears import (
+    FEW_ROWS,
+    Linear,
+    LinearTable,
+    apply_linear,
+    quantized_product,
+)
 from nanoinfer_engine.models.decoder import Decoder, Layer
 from nanoinfer_engine.quantization import Fp8Linear
 
@@ -102,8 +110,10 @@ class FusedDecoder:
                 self._layer_of_one(index, layer, residual, plan, pdl)
             return Hidden(residual, None)
         delta: Tensor | None = None
+        in_8_bits = count > FEW_ROWS[-1] and self._layers[0].products["qkv"].scale is not None
+        run = self._layer_in_8_bits if in_8_bits else self._layer
         for index, layer in enumerate(self._layers):
-            delta = self._layer(index, layer, residual, delta, plan, pdl)
+            delta = run(index, layer, residual, delta, plan, pdl)
         return Hidden(residual, delta)
 
     def logits(self, hidden: Hidden, *, pdl: bool = False) -> Tensor:
@@ -139,6 +149,33 @@ class FusedDecoder:
         add_norm(residual, parts, layer.mlp_gain, eps, hidden, pdl=pdl)
         inner = self._product("gate_up", layer, hidden, pdl)[0]
         return self._product("down", layer, inner, pdl)
+
+    def _layer_in_8_bits(
+        self,
+        index: int,
+        layer: FusedLayer,
+        residual: Tensor,
+        delta: Tensor | None,
+        plan: PagedPlan,
+        pdl: bool,
+    ) -> Tensor:
+        """The same for many rows of quantised products: what makes an input quantises it."""
+        products = layer.products
+        normed = self._quantized_norm(residual, delta, layer.attention_gain, pdl)
+        attended = self._attend(index, layer, quantized_product(normed, products["qkv"]), plan, pdl)
+        parts = quantized_product(quantize_rows(attended, pdl=pdl), products["output"]).unsqueeze(0)
+        normed = self._quantized_norm(residual, parts, layer.mlp_gain, pdl)
+        gate_up = quantized_product(normed, products["gate_up"])
+        inner = quantize_rows(gate_up, gated=True, pdl=pdl)
+        return quantized_product(inner, products["down"]).unsqueeze(0)
+
+    def _quantized_norm(
+        self, residual: Tensor, delta: Tensor | None, gain: Tensor, pdl: bool
+    ) -> tuple[Tensor, Tensor]:
+        values = torch.empty_like(residual, dtype=FP8)
+        scales = torch.empty((len(residual), 1), dtype=torch.float32, device=residual.device)
+        eps = self._config.norm_eps
+        return add_norm(residual, delta, gain, eps, values, scales=scales, pdl=pdl), scales
 
     def _layer_of_one(
         self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan, pdl: bool
