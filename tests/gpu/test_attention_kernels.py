@@ -115,6 +115,7 @@ def run(
     window: int | None,
     shape: decode.AttentionShape = FEW,
     pdl: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     device = case.qkv.device
     transform = heads.HeadTransform(
@@ -125,7 +126,9 @@ def run(
     )
     rows = len(case.contexts)
     workspace = decode.DecodeWorkspace(rows, case.heads, case.kv_heads, case.dim, device)
-    output = torch.full((rows, case.heads, case.dim), float("nan")).to(device, case.qkv.dtype)
+    output = torch.full((rows, case.heads, case.dim), float("nan")).to(
+        device, dtype or case.qkv.dtype
+    )
     for _ in range(2):  # the second run finds what the first left in the workspace
         decode.decode_attention(
             case.parts,
@@ -202,13 +205,16 @@ def test_rotate_and_write(shape: tuple[int, int, int, int], device: torch.device
     positions = torch.tensor([4, 0, 6], device=device)
     slots = torch.tensor([3, 0, 9], device=device)
     transform = heads.HeadTransform(case.rotary, *case.gains, 1e-6)
-    query, key = heads.rotate_and_write(case.parts, tuple(case.cache), slots, positions, transform)
+    query, key, value = heads.rotate_and_write(
+        case.parts, tuple(case.cache), slots, positions, transform, torch.float16
+    )
     expected = [
         transformed(part, gain, case.rotary, positions, 1e-6)
         for part, gain in zip(case.parts, case.gains, strict=False)
     ]
     assert relative_error(query, expected[0]) < 2e-3
     assert relative_error(key, expected[1]) < 2e-3
+    assert torch.equal(value, case.parts[2])
     flat = [cached.view(-1, case.kv_heads, case.dim) for cached in case.cache]
     assert torch.equal(flat[0][slots], key)
     assert torch.equal(flat[1][slots], case.parts[2])

@@ -22,7 +22,8 @@ class EngineConfig:
     no further), `max_waiting_requests`, `max_waiting_tokens` (prompt tokens) and
     `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
     start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
-    `max_model_len` None means what the model allows.
+    `max_model_len` None means what the model allows. `quantization` "fp8" keeps the layers' linears
+    in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in `dtype`.
     """
 
     model_path: Path
@@ -41,6 +42,15 @@ class EngineConfig:
     max_waiting_bytes: int = 64 * 1024 * 1024
     max_queue_seconds: float | None = None
     prefix_caching: bool = True
+    quantization: str = "none"
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def number_format(self) -> str:
+        """What is computed with, and what is kept in fewer bits, such as `float16+fp8`."""
+        weights = "" if self.quantization == "none" else f"+{self.quantization}"
+        cache = "" if self.kv_cache_dtype == "auto" else f"+kv_{self.kv_cache_dtype}"
+        return self.dtype + weights + cache
 
     @property
     def mixed_step_tokens(self) -> int:

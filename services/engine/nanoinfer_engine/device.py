@@ -63,7 +63,7 @@ def fitting_blocks(
     """
     trial = -(-config.max_batch_tokens // config.block_size) + config.max_batch_requests
     cache = make_cache(trial)
-    one = bytes_per_block(model_config, config.block_size, cache.dtype)
+    one = bytes_per_block(model_config, config.block_size, cache.stored_dtype)
     torch.cuda.reset_peak_memory_stats()
     run_largest(cache)
     torch.cuda.synchronize()

@@ -3,6 +3,7 @@
     blocks[layer, 0 = keys | 1 = values, block, offset, kv head, head dim]
 
 A slot is a token's place: block * block_size + offset. Who owns which block is not known here.
+What is stored may have fewer bits than what is computed with: e4m3 with scale 1, which saturates.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.config import ModelConfig
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What `kv_cache_dtype` says, where `dtype` is computed with; ValueError if unknown."""
+    if name not in ("auto", "fp8"):
+        raise ValueError(f"kv_cache_dtype {name!r} is not one of auto, fp8")
+    return FP8 if name == "fp8" else dtype
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -39,35 +50,68 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        stored: torch.dtype | None = None,
     ) -> None:
-        """Allocate zeroed blocks (the operating system commits CPU memory on first touch)."""
+        """Allocate zeroed blocks (the operating system commits CPU memory on first touch).
+
+        Keys and values come and go in `dtype` and are kept in `stored`, the same where None.
+        """
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
+        self.stored_dtype = stored or dtype
         self.device = device
         heads, dim = config.num_kv_heads, config.head_dim
         shape = (config.num_layers, 2, num_blocks, block_size, heads, dim)
-        self._storage = torch.zeros(shape, dtype=dtype, device=device)
+        # PyTorch neither copies nor selects by index in 8-bit floats: in bytes it does
+        memory = torch.uint8 if self.stored_dtype == FP8 else dtype
+        self._storage = torch.zeros(shape, dtype=memory, device=device)
         # views made once: indexing a tensor costs microseconds, and each layer does it every step
         self._slots = self._storage.view(config.num_layers, 2, num_blocks * block_size, heads, dim)
         self._planes = self._storage.view(2 * config.num_layers, num_blocks, -1)
-        self._layers = [(layer[0], layer[1]) for layer in self._storage]
+        self._blocks = [(layer[0], layer[1]) for layer in self._storage]
+        self._layers = [
+            (keys.view(self.stored_dtype), values.view(self.stored_dtype))
+            for keys, values in self._blocks
+        ]
         self._flat_layers = [(layer[0], layer[1]) for layer in self._slots]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer themselves, [blocks, block_size, kv heads, head dim]."""
         return self._layers[layer]
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [tokens, kv heads, head dim] at `slots` [tokens]."""
+    def write(
+        self, layer: int, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values [tokens, kv heads, head dim] at `slots` [tokens].
+
+        Returns them as they will be read: every token must see the same of another, now and later.
+        """
         flat_keys, flat_values = self._flat_layers[layer]
+        keys, values = self._to_memory(keys), self._to_memory(values)
         flat_keys.index_copy_(0, slots, keys)
         flat_values.index_copy_(0, slots, values)
+        return self._from_memory(keys), self._from_memory(values)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values in `blocks` [n]: [n, block_size, kv heads, head dim]."""
-        keys, values = self._layers[layer]
-        return keys.index_select(0, blocks), values.index_select(0, blocks)
+        keys, values = (each.index_select(0, blocks) for each in self._blocks[layer])
+        return self._from_memory(keys), self._from_memory(values)
+
+    def gather_slots(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values at `slots` [n]: [n, kv heads, head dim]."""
+        keys, values = (each.index_select(0, slots) for each in self._flat_layers[layer])
+        return self._from_memory(keys), self._from_memory(values)
+
+    def _to_memory(self, values: Tensor) -> Tensor:
+        if self.stored_dtype != FP8:
+            return values
+        return values.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+
+    def _from_memory(self, memory: Tensor) -> Tensor:
+        if self.stored_dtype != FP8:
+            return memory
+        return memory.view(FP8).to(self.dtype)
 
     def clear(self, blocks: Tensor) -> None:
         """Zero `blocks` in every layer before a new owner writes them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from torch import Tensor
 from nanoinfer_engine.kernels.cublaslt import Algorithm, multiply, proposals
 from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
 from nanoinfer_engine.kernels.norms import gate_mul
+from nanoinfer_engine.kernels.quantize import quantize_rows
+from nanoinfer_engine.quantization import scaled_product
 from nanoinfer_engine.tuning import time_graph
 
 _LOG = logging.getLogger(__name__)
 
 Choice = GemvShape | TileShape | Algorithm | None
-"""None is what cuBLAS chooses by itself."""
+"""None is what cuBLAS chooses by itself, for 8-bit weights with 8-bit activations."""
 
 FEW_ROWS = (16, 32, 64)
 """Batch sizes up to which a kernel of our own is tried; beyond the last, cuBLAS multiplies."""
@@ -51,19 +53,22 @@ _TILE_SHAPES = (
     TileShape(64, 64, 2, 4, 6),
     TileShape(128, 64, 1, 4, 4),
 )
+# of 8-bit weights a tile of as many bytes has twice the columns
+_WIDE_TILE_SHAPES = tuple(replace(shape, block_k=2 * shape.block_k) for shape in _TILE_SHAPES)
 
 
 @dataclass(frozen=True)
 class Linear:
     """One matrix product of the decoder.
 
-    `gated` ends in `activation` · mul; one that `joins` goes into the residual sum, so it may be
-    added there or given in parts; `gain` is of the RMSNorm before it, where a GEMV is to take that
-    in.
+    `scale` is for each row of an 8-bit weight. `gated` ends in `activation` · mul; one that `joins`
+    goes into the residual sum, so it may be added there or given in parts; `gain` is of the RMSNorm
+    before it, where a GEMV is to take that in.
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
     gated: bool = False
     activation: str = "silu"
     joins: bool = False
@@ -76,7 +81,11 @@ class Linear:
 
 
 def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor:
-    """[rows, in] → parts [parts, rows, out] whose sum is the product; no GEMV (see there)."""
+    """[rows, in] → parts [parts, rows, out] whose sum is the product; no GEMV (see there).
+
+    Where activations of 8 bits multiply, what is not gated comes as bfloat16: whoever reads it
+    converts it anyway.
+    """
     shape = (len(x), linear.num_outputs)
     if isinstance(choice, TileShape):
         dtype = torch.float32 if choice.splits > 1 else x.dtype
@@ -86,6 +95,7 @@ def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor
             linear.weight,
             output,
             choice,
+            scale=linear.scale,
             bias=linear.bias,
             gated=linear.gated,
             activation=linear.activation,
@@ -94,18 +104,21 @@ def apply_linear(x: Tensor, linear: Linear, choice: Choice, pdl: bool) -> Tensor
     if isinstance(choice, Algorithm):
         product = torch.empty((len(x), len(linear.weight)), dtype=x.dtype, device=x.device)
         multiply(x, linear.weight, product, choice)
-    else:
+    elif linear.scale is None:
         product = torch.nn.functional.linear(x, linear.weight, linear.bias)
-    if linear.gated:
-        product = gate_mul(product, linear.activation, pdl=pdl)
-    return product.unsqueeze(0)
+    else:
+        product = quantized_product(quantize_rows(x, pdl=pdl), linear)
+    if not linear.gated:
+        return product.unsqueeze(0)
+    output = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return gate_mul(product, linear.activation, output, pdl=pdl).unsqueeze(0)
 
 
 def join_linear(
     x: Tensor, linear: Linear, choice: Choice, residual: Tensor, pdl: bool
 ) -> Tensor | None:
     """The same for a product that goes into `residual` [rows, out]; None once it is in there."""
-    if not linear.joins or isinstance(choice, TileShape):
+    if not linear.joins or linear.scale is not None or isinstance(choice, TileShape):
         return apply_linear(x, linear, choice, pdl)
     if isinstance(choice, Algorithm):
         multiply(x, linear.weight, residual, choice, add=True)
@@ -114,10 +127,24 @@ def join_linear(
     return None
 
 
+def quantized_product(rows: tuple[Tensor, Tensor], linear: Linear) -> Tensor:
+    """[rows, in] as e4m3 and scales, by an 8-bit weight → [rows, rows of the weight] in bfloat16.
+
+    Without what `gated` does. Raises ValueError for a weight that has no scale.
+    """
+    if linear.scale is None:
+        raise ValueError("the weight has no scale")
+    product = scaled_product(*rows, linear.weight, linear.scale)
+    if linear.bias is not None:
+        product += linear.bias
+    return product
+
+
 @dataclass
 class LinearTable:
-    """The choices, by name of the product and batch size."""
+    """The choices, by name of the product and batch size, for activations of `dtype`."""
 
+    dtype: torch.dtype
     _choices: dict[str, dict[int, Choice]] = field(default_factory=dict)
 
     def tune(
@@ -135,7 +162,7 @@ class LinearTable:
             timings: dict[Choice, float] = {}
             for choice in _candidates(rows, sample[0]):
                 try:
-                    timings[choice] = _time(sample, rows, choice, pdl)
+                    timings[choice] = _time(sample, rows, choice, pdl, self.dtype)
                 except Exception as error:  # a shape this device cannot hold is no candidate
                     _LOG.debug("%s × %d: %s: %s", name, rows, choice, error)
             chosen[rows] = min(timings, key=lambda each: timings[each])
@@ -164,9 +191,10 @@ def _candidates(rows: int, linear: Linear) -> list[Choice]:
         return [shape for shape in _GEMV_SHAPES if shape.block_k < 2 * columns]
     candidates: list[Choice] = [None]
     if rows <= FEW_ROWS[-1]:
+        shapes = _TILE_SHAPES if linear.scale is None else (*_TILE_SHAPES, *_WIDE_TILE_SHAPES)
         candidates += (
             shape
-            for shape in _TILE_SHAPES
+            for shape in shapes
             if columns % (shape.block_k * shape.splits) == 0 and (shape.splits == 1 or linear.joins)
         )
     if linear.bias is None:
@@ -174,12 +202,13 @@ def _candidates(rows: int, linear: Linear) -> list[Choice]:
     return candidates
 
 
-def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> float:
+def _time(
+    linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool, dtype: torch.dtype
+) -> float:
     """Median microseconds of one product."""
     weight = linears[0].weight
-    x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    shape = (rows, linears[0].num_outputs)
-    output = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+    x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=dtype)
+    output = torch.zeros(rows, linears[0].num_outputs, device=weight.device, dtype=dtype)
 
     def run() -> None:
         for linear in linears:
@@ -189,6 +218,7 @@ def _time(linears: Sequence[Linear], rows: int, choice: Choice, pdl: bool) -> fl
                     linear.weight,
                     output,
                     choice,
+                    scale=linear.scale,
                     bias=linear.bias,
                     gain=linear.gain,
                     gated=linear.gated,

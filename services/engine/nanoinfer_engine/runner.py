@@ -16,10 +16,11 @@ from nanoinfer_engine.batch import Batch, BatchRow, FinishedStep, RowResult, Ste
 from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.kv_cache import KVCache, num_blocks_for
+from nanoinfer_engine.kv_cache import KVCache, num_blocks_for, stored_dtype
 from nanoinfer_engine.logprobs import score_prompts
 from nanoinfer_engine.models import build_model, checkpoint_layout
 from nanoinfer_engine.progress import Progress, report_nothing
+from nanoinfer_engine.quantization import check_device, quantizer
 from nanoinfer_engine.request import SamplingOptions
 from nanoinfer_engine.sampler import sample
 from nanoinfer_engine.weights import load_weights
@@ -49,6 +50,8 @@ class ModelRunner:
             torch.set_num_threads(config.num_threads)
         self._config = config
         dtype, device = _dtype(config.dtype), _device(config.device)
+        check_device(config, device)
+        self._stored_dtype = stored_dtype(config.kv_cache_dtype, dtype)
         checkpoint = checkpoint or open_checkpoint(config.model_path)
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
@@ -56,8 +59,9 @@ class ModelRunner:
         self._model = build_model(checkpoint.config, self.max_model_len, dtype, device)
         self.num_parameters: int = sum(each.numel() for each in self._model.parameters())
         layout = checkpoint_layout(checkpoint.config)
+        quantize = quantizer(config.quantization, self._model)
         self.weights_fingerprint: str = load_weights(
-            self._model, checkpoint, layout, device, progress
+            self._model, checkpoint, layout, device, progress, quantize
         )
         self._device, self._dtype = device, dtype
         self.num_blocks: int = self._num_blocks()
@@ -70,7 +74,7 @@ class ModelRunner:
             raise ValueError(f"block_size {config.block_size} is less than 1")
         if config.kv_cache_bytes is not None:
             return num_blocks_for(
-                config.kv_cache_bytes, self.model_config, config.block_size, self._dtype
+                config.kv_cache_bytes, self.model_config, config.block_size, self._stored_dtype
             )
         if self._device.type != "cuda":
             raise ValueError("kv_cache_bytes is needed on a device other than CUDA")
@@ -85,7 +89,8 @@ class ModelRunner:
         return fitting_blocks(config, self.model_config, self._make_cache, run_largest)
 
     def _make_cache(self, num_blocks: int) -> KVCache:
-        return KVCache(self.model_config, num_blocks, self.block_size, self._dtype, self._device)
+        model, size, stored = self.model_config, self.block_size, self._stored_dtype
+        return KVCache(model, num_blocks, size, self._dtype, self._device, stored)
 
     def _use(self, cache: KVCache) -> None:
         """Attend over `cache` from now on."""

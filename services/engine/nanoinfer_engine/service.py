@@ -97,7 +97,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self._model = ServedModel(
             name=self._settings.served_name,
             architecture=runner.model_config.model_type,
-            dtype=self._settings.engine_config().dtype,
+            dtype=self._settings.engine_config().number_format,
             vocab_size=runner.vocab_size,
             num_parameters=runner.num_parameters,
             capacity=self._engine.capacity,

@@ -33,6 +33,12 @@ class EngineSettings(ServiceSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the computation; float16 on CUDA, else float32."
     )
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="8-bit weights and activations in the layers; `fp8` on Hopper and Ada."
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="Number format of the KV cache; `fp8` holds twice the tokens."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads of a step on the CPU.")
     kv_cache_memory: ByteSize | None = Field(
         None,
@@ -123,6 +129,8 @@ class EngineSettings(ServiceSettings):
             max_waiting_bytes=int(self.max_waiting_bytes),
             max_queue_seconds=self.max_queue_seconds,
             prefix_caching=self.prefix_caching,
+            quantization=self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
 
     def patience(self) -> Patience:

@@ -9,6 +9,8 @@ no proof against tampering: bytes outside the samples may differ unseen.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,14 @@ from nanoinfer_engine.models.layout import CheckpointLayout
 from nanoinfer_engine.progress import LoadProgress, Progress
 from nanoinfer_engine.staging import Staging
 
+Filled = Callable[[str], None]
+"""Called with the name of each module once its last tensor is in place."""
+
 SAMPLE_BYTES = 4096
+
+
+def leave(_name: str) -> None:
+    """Takes a module as it came from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,11 @@ class Placement:
         return self.shape[::-1] if self.transposed else self.shape
 
     @property
+    def module(self) -> str:
+        """The module whose parameter it fills."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
     def numel(self) -> int:
         """Elements of the tensor."""
         return torch.Size(self.shape).numel()
@@ -51,52 +65,73 @@ def load_weights(
     layout: CheckpointLayout,
     device: torch.device,
     progress: Progress,
+    filled: Filled = leave,
 ) -> str:
     """Fill `model` (on the meta device) from `checkpoint`; returns the fingerprint in hex.
 
-    Memory is allocated only once all names and shapes fit. Tensors come in the order of their
+    Memory is allocated only once all names and shapes fit, and for a parameter only when its first
+    tensor comes: `filled` may replace a module by a smaller one. Tensors come in the order of their
     files, so that one file is open at a time; values are converted to the parameters' dtype.
     Raises CheckpointError naming the missing, unexpected or misshapen tensor.
     """
     placements = plan_placements(model, checkpoint, layout)
     placements.sort(key=lambda each: checkpoint.shard(each.stored_name))
-    _allocate(model, device)
     parameters = dict(model.named_parameters())
     sizes = [each.numel * parameters[each.parameter].element_size() for each in placements]
     total, loaded = sum(sizes), 0
+    missing = Counter(placement.module for placement in placements)
     samples: dict[str, str] = {}
     staging = Staging(device) if device.type == "cuda" else None
     progress(LoadProgress(0, total, 1, checkpoint.num_shards))
     for placement, size in zip(placements, sizes, strict=True):
         stored = checkpoint.read(placement.stored_name)
-        tensor = stored.t() if placement.transposed else stored
-        whole = parameters[placement.parameter]
-        target = whole[placement.first : placement.first + placement.shape[0]]
-        target.copy_(tensor) if staging is None else staging.copy(tensor, target)
+        _place(model, placement, stored, device, staging)
+        missing[placement.module] -= 1
+        if not missing[placement.module]:
+            filled(placement.module)
         samples[_plain_name(placement.stored_name, layout.prefix)] = _digest(stored)
         loaded += size
         shard = checkpoint.shard(placement.stored_name) + 1
         progress(LoadProgress(loaded, total, shard, checkpoint.num_shards))
-    _check_tied(checkpoint, layout, parameters)
+    _check_tied(checkpoint, layout, model)
     lines = (f"{name} {digest}\n" for name, digest in sorted(samples.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _allocate(model: LanguageModel, device: torch.device) -> None:
-    """Give every parameter uninitialised memory on `device`.
+def _place(
+    model: LanguageModel,
+    placement: Placement,
+    stored: Tensor,
+    device: torch.device,
+    staging: Staging | None,
+) -> None:
+    """Copy a tensor to where it belongs; the first of a parameter brings its memory."""
+    target = model.get_parameter(placement.parameter)
+    if target.is_meta:
+        target = _allocate(model, placement, target, device)
+    tensor = stored.t() if placement.transposed else stored
+    part = target[placement.first : placement.first + placement.shape[0]]
+    part.copy_(tensor) if staging is None else staging.copy(tensor, part)
+
+
+def _allocate(
+    model: LanguageModel, placement: Placement, parameter: Tensor, device: torch.device
+) -> nn.Parameter:
+    """Give a parameter uninitialised memory on `device`.
 
     On the CPU a matrix that multiplies lies in memory as [in, out] (same shape, other strides): MKL
     then takes a quarter to a half less time for 4 to 32 rows, and no more for one.
     """
-    for module in model.modules():
-        multiplies = isinstance(module, nn.Linear)
-        multiplies |= module is model.embedding and model.head is None
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if multiplies and parameter.ndim == 2 and device.type == "cpu":
-                memory = torch.empty(parameter.shape[::-1], dtype=parameter.dtype).t()
-            else:
-                memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            setattr(module, name, nn.Parameter(memory, requires_grad=False))
+    module = model.get_submodule(placement.module)
+    multiplies = isinstance(module, nn.Linear)
+    multiplies |= module is model.embedding and model.head is None
+    if multiplies and parameter.ndim == 2 and device.type == "cpu":
+        memory = torch.empty(parameter.shape[::-1], dtype=parameter.dtype).t()
+    else:
+        memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    allocated = nn.Parameter(memory, requires_grad=False)
+    setattr(module, placement.parameter.rpartition(".")[2], allocated)
+    return allocated
 
 
 def plan_placements(
@@ -159,16 +194,14 @@ def _check_shape(checkpoint: Checkpoint, placement: Placement) -> None:
         )
 
 
-def _check_tied(
-    checkpoint: Checkpoint, layout: CheckpointLayout, parameters: dict[str, torch.nn.Parameter]
-) -> None:
+def _check_tied(checkpoint: Checkpoint, layout: CheckpointLayout, model: LanguageModel) -> None:
     """A tied tensor that is stored again must say the same."""
     if layout.tied is None:
         return
     plain_name, parameter = layout.tied
     for name in checkpoint.shapes:
         if _plain_name(name, layout.prefix) == plain_name:
-            target = parameters[parameter]
+            target = model.get_parameter(parameter)
             stored = checkpoint.read(name)
             if stored.shape != target.shape or not torch.equal(stored.to(target), target):
                 raise CheckpointError(f"{name}: differs from the embedding that it is tied to")

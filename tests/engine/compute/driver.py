@@ -13,9 +13,10 @@ from nanoinfer_engine.batch import Batch, BatchRow
 from nanoinfer_engine.checkpoints import open_checkpoint
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.kv_cache import KVCache
+from nanoinfer_engine.kv_cache import KVCache, stored_dtype
 from nanoinfer_engine.models import build_model, checkpoint_layout
 from nanoinfer_engine.progress import report_nothing
+from nanoinfer_engine.quantization import quantizer
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.weights import load_weights
@@ -31,13 +32,23 @@ def make_runner(path: Path, **overrides: object) -> ModelRunner:
 class AllLogits:
     """The model of a checkpoint with every token's logits exposed, as the runner computes them."""
 
-    def __init__(self, path: Path, block_size: int = 8, num_blocks: int = 128) -> None:
+    def __init__(
+        self,
+        path: Path,
+        block_size: int = 8,
+        num_blocks: int = 128,
+        quantization: str = "none",
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         device = torch.device("cpu")
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
         self.model = build_model(config, config.max_position_embeddings, torch.float32, device)
-        load_weights(self.model, checkpoint, checkpoint_layout(config), device, report_nothing)
-        cache = KVCache(config, num_blocks, block_size, torch.float32, device)
+        quantize = quantizer(quantization, self.model)
+        layout = checkpoint_layout(config)
+        load_weights(self.model, checkpoint, layout, device, report_nothing, quantize)
+        stored = stored_dtype(kv_cache_dtype, torch.float32)
+        cache = KVCache(config, num_blocks, block_size, torch.float32, device, stored)
         self.backend = make_backend("reference", cache, config.sliding_windows)
         self.block_size, self.num_blocks = block_size, num_blocks
 

@@ -36,6 +36,11 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     config = parse("--model", "a", *flags.split()).engine_config()
     assert (config.prefix_caching, config.max_queue_seconds) == (False, 7)
     assert config.max_waiting_bytes == 2 * 1024**2
+    assert (config.quantization, config.kv_cache_dtype) == ("none", "auto")
+    flags = "--quantization fp8 --kv-cache-dtype fp8"
+    config = parse("--model", "a", *flags.split()).engine_config()
+    assert (config.quantization, config.kv_cache_dtype) == ("fp8", "fp8")
+    assert config.number_format == "float32+fp8+kv_fp8"
     assert settings.served_name == tmp_path.name
     assert parse("--model", "a/b.pt").served_name == "b"
     assert parse("--model", "a", "--model-name", "x").served_name == "x"
@@ -63,6 +68,8 @@ def test_what_streams_leave_to_prompts_follows_the_device() -> None:
         ["--model", "a", "--max-queue-seconds", "0"],
         ["--model", "a", "--max-waiting-bytes", "0"],
         ["--model", "a", "--dtype", "int3"],
+        ["--model", "a", "--quantization", "int3"],
+        ["--model", "a", "--kv-cache-dtype", "float16"],
         ["--model", "a", "--max-batch-tokens", "8", "--max-batch-requests", "9"],
         ["--model", "a", "--max-mixed-tokens", "63"],
         ["--model", "a", "--max-mixed-tokens", "0"],

@@ -159,7 +159,7 @@ class PagedAttention:
             )
         if plan.prompts is not None:
             rest = (heads[0][count:], heads[1][count:], heads[2][count:])
-            self._prompts(layer, rest, transform, plan.prompts, window, output[count:])
+            self._prompts(layer, rest, transform, plan.prompts, output[count:])
         return output
 
     def _prompts(
@@ -168,13 +168,16 @@ class PagedAttention:
         heads: Heads,
         transform: HeadTransform,
         plan: PromptPlan,
-        window: int | None,
         output: Tensor,
     ) -> None:
+        window = self._windows[layer]
+        whole = plan.equal_length is not None and window is None and _suits_cudnn(plan)
         cache = self._cache.layer(layer)
-        query, key = rotate_and_write(heads, cache, plan.slots, plan.positions, transform)
-        if plan.equal_length is not None and window is None and _suits_cudnn(plan):
-            output.copy_(_cudnn(query, key, heads[2], plan.equal_length))
+        query, key, value = rotate_and_write(
+            heads, cache, plan.slots, plan.positions, transform, output.dtype, copies=whole
+        )
+        if whole:
+            output.copy_(_cudnn(query, key, value, plan.equal_length or 0))
             return
         prompt_attention(
             query,

@@ -83,7 +83,7 @@ class ReferenceAttention:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: ReferencePlan
     ) -> Tensor:
         """Write K and V, then attend group by group and row by row."""
-        self._cache.write(layer, plan.slots, key, value)
+        key, value = self._cache.write(layer, plan.slots, key, value)
         window = self._windows[layer]
         groups, prefills = plan.groups[window], plan.prefills[window]
         if plan.is_one_group(window):

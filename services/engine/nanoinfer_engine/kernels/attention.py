@@ -2,7 +2,8 @@
 
 A row's context is split over programs ("Flash-Decoding", 2023); the last program of a row and KV
 head to finish adds the parts up, so no second launch is needed. The query heads that share a KV
-head stand as the rows of one matrix product.
+head stand as the rows of one matrix product. A cache of 8 bits is converted tile by tile; the new
+token attends to itself as it is stored, because that is what later tokens see of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanoinfer_engine.kernels.heads import transformed_heads
+from nanoinfer_engine.kernels.heads import stored, transformed_heads
 
 
 @triton.jit
@@ -45,6 +46,7 @@ def _attend(q, k, v, seen, factor, top, total, acc):
 
     A tile with nothing to see leaves everything as it was, also while `top` is still -inf.
     """
+    k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * factor, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -65,8 +67,9 @@ def _append(
     inside = (one[:, None] < 1) & (dims[None, :] < DIM)
     k = transformed_heads(
         key + source, one, DIM, dims, inside, gain, rotary, last, eps, DIM, NORM, ROTARY
-    ).to(keys.dtype.element_ty)
-    v = tl.load(value + source + dims, mask=dims < DIM, other=0.0)
+    )
+    k = stored(k, keys)
+    v = stored(tl.load(value + source + dims, mask=dims < DIM, other=0.0), values)
     block = tl.load(table + last // BLOCK_SIZE)
     slot = block.to(tl.int64) * BLOCK_SIZE + last % BLOCK_SIZE
     target = slot * slot_stride + kv_head * DIM + dims
@@ -164,7 +167,7 @@ def decode_kernel(
     start = query + row.to(tl.int64) * input_stride + kv_head * GROUP * DIM
     q = transformed_heads(
         start, heads, DIM, dims, inside, query_gain, rotary, last, eps, DIM, NORM, ROTARY
-    ).to(keys.dtype.element_ty)
+    ).to(output.dtype.element_ty)
     factor = scale * 1.4426950408889634  # log2(e): the softmax is computed in base 2
     source = row.to(tl.int64) * input_stride + kv_head * DIM
     top, total, acc = _first_state(

@@ -67,7 +67,8 @@ def decode_attention(
     `heads` are query [rows, heads, dim], key and value [rows, kv heads, dim], all with the same
     row stride; `cache` keys and values [blocks, block size, kv heads, dim]; `tables` [rows, any];
     `contexts` [rows] with the new token counted, 0 for a row that is padding (left unwritten);
-    `output` [rows, heads, dim], contiguous.
+    `output` [rows, heads, dim], contiguous, in the dtype that is computed with; the cache may be
+    e4m3.
     """
     query, key, value = heads
     num_rows, num_heads, dim = query.shape

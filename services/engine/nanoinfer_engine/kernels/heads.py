@@ -62,11 +62,21 @@ def transformed_heads(
 
 
 @triton.jit
+def stored(x, cache):
+    """`x` in the number format of what `cache` points to: e4m3 saturates, a NaN stays one."""
+    x = x.to(tl.float32)
+    if cache.dtype.element_ty == tl.float8e4nv:
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    return x.to(cache.dtype.element_ty)
+
+
+@triton.jit
 def _rotate_write_kernel(
     query, key, value, input_stride, keys, values, slot_stride, slots, positions, rotary,
-    query_gain, key_gain, query_out, key_out, eps,
+    query_gain, key_gain, query_out, key_out, value_out, eps,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, KV_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
+    KEY_COPY: tl.constexpr, VALUE_COPY: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, DIM_PAD)
@@ -107,11 +117,16 @@ def _rotate_write_kernel(
         DIM,
         NORM,
         ROTARY,
-    ).to(keys.dtype.element_ty)
+    )
+    k = stored(k, keys)
     places = heads[:, None] * DIM + dims[None, :]
-    v = tl.load(value + token * input_stride + places, mask=inside, other=0.0)
+    v = stored(tl.load(value + token * input_stride + places, mask=inside, other=0.0), values)
     target = tl.load(slots + token).to(tl.int64) * slot_stride
-    tl.store(key_out + token * KV_HEADS * DIM + places, k, mask=inside)
+    own = token * KV_HEADS * DIM + places
+    if KEY_COPY:
+        tl.store(key_out + own, k.to(key_out.dtype.element_ty), mask=inside)
+    if VALUE_COPY:
+        tl.store(value_out + own, v.to(value_out.dtype.element_ty), mask=inside)
     tl.store(keys + target + places, k, mask=inside)
     tl.store(values + target + places, v, mask=inside)
 
@@ -122,16 +137,25 @@ def rotate_and_write(
     slots: Tensor,
     positions: Tensor,
     transform: HeadTransform,
-) -> tuple[Tensor, Tensor]:
-    """Transformed copies of query and key; key and value also go to `slots` of the cache.
+    dtype: torch.dtype,
+    *,
+    copies: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What attends, in `dtype`: query, key and value; the last two also go to `slots` of the cache.
 
-    Shapes as in `decode_attention`, with tokens in the place of rows; one kernel, no workspace.
+    Query and key are transformed, key and value as the cache gives them back; without `copies`
+    those two are returned as they came. Shapes as in `decode_attention`, with tokens in the place
+    of rows; one kernel, no workspace.
     """
     query, key, value = heads
     tokens, num_heads, dim = query.shape
     kv_heads = key.shape[1]
-    query_out = torch.empty((tokens, num_heads, dim), dtype=query.dtype, device=query.device)
-    key_out = torch.empty((tokens, kv_heads, dim), dtype=query.dtype, device=query.device)
+    query_out = torch.empty((tokens, num_heads, dim), dtype=dtype, device=query.device)
+    key_out, value_out = key, value
+    if copies:
+        key_out = torch.empty((tokens, kv_heads, dim), dtype=dtype, device=query.device)
+    if copies and not value.dtype == dtype == cache[1].dtype:  # else it is stored as it came
+        value_out = torch.empty_like(key_out)
     unused = query
     _rotate_write_kernel[(tokens,)](
         query,
@@ -147,6 +171,7 @@ def rotate_and_write(
         unused if transform.key_gain is None else transform.key_gain,
         query_out,
         key_out,
+        value_out,
         transform.eps,
         HEADS=num_heads,
         HEADS_PAD=power_of_two(num_heads),
@@ -156,6 +181,8 @@ def rotate_and_write(
         DIM_PAD=power_of_two(dim),
         NORM=transform.query_gain is not None,
         ROTARY=transform.rotary is not None,
+        KEY_COPY=key_out is not key,
+        VALUE_COPY=value_out is not value,
         num_warps=4,
     )
-    return query_out, key_out
+    return query_out, key_out, value_out

@@ -3,7 +3,8 @@
 `gemv` is for one row and takes in what surrounds it in the decoder: RMSNorm before, a gate or
 the residual sum after. `few_rows` is for up to 64 rows: the weights stand as the left operand, so
 that the matrix units' long side is the output's. Both load their first weights before they wait
-for the previous kernel.
+for the previous kernel. Weights of 8 bits are converted as they come; their `scale`, one number for
+each row of the weight, multiplies the sums.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class TileShape:
 
 @triton.jit
 def _gemv_kernel(
-    x, weight, bias, gain, output, N, K, eps,
+    x, weight, scales, bias, gain, output, N, K, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -88,6 +90,10 @@ def _gemv_kernel(
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
         total, total_up = total * scale, total_up * scale
+    if SCALED:
+        total *= tl.load(scales + n, mask=n < N, other=0.0)
+        if GATED:
+            total_up *= tl.load(scales + N + n, mask=n < N, other=0.0)
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if GATED:
@@ -105,6 +111,7 @@ def gemv(
     output: Tensor,
     shape: GemvShape,
     *,
+    scale: Tensor | None = None,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     eps: float = 0.0,
@@ -122,6 +129,7 @@ def gemv(
     _gemv_kernel[(ceil_div(num_outputs, shape.block_n),)](
         x,
         weight,
+        x if scale is None else scale,
         x if bias is None else bias,
         x if gain is None else gain,
         output,
@@ -135,6 +143,7 @@ def gemv(
         GATED=gated,
         ACTIVATION=activation,
         RESIDUAL=residual,
+        SCALED=scale is not None,
         BIAS=bias is not None,
         num_warps=shape.num_warps,
         **pdl_options(pdl),
@@ -146,6 +155,7 @@ def gemv(
 def _few_rows_kernel(
     x,
     weight,
+    scales,
     bias,
     output,
     M,
@@ -157,6 +167,7 @@ def _few_rows_kernel(
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -178,14 +189,19 @@ def _few_rows_kernel(
     inputs = x + m[None, :] * K + k[:, None]
     real = m[None, :] < M
     v = tl.load(inputs, mask=real, other=0.0)
-    acc = tl.dot(tile, v)
+    acc = tl.dot(tile.to(v.dtype), v)
     if GATED:
-        acc_up = tl.dot(tile_up, v)
+        acc_up = tl.dot(tile_up.to(v.dtype), v)
     for start in range(BLOCK_K, share, BLOCK_K):
         v = tl.load(inputs + start, mask=real, other=0.0)
-        acc = tl.dot(tl.load(rows + start, mask=inside, other=0.0), v, acc)
+        acc = tl.dot(tl.load(rows + start, mask=inside, other=0.0).to(v.dtype), v, acc)
         if GATED:
-            acc_up = tl.dot(tl.load(upper + start, mask=inside, other=0.0), v, acc_up)
+            following = tl.load(upper + start, mask=inside, other=0.0)
+            acc_up = tl.dot(following.to(v.dtype), v, acc_up)
+    if SCALED:
+        acc *= tl.load(scales + n, mask=n < N, other=0.0)[:, None]
+        if GATED:
+            acc_up *= tl.load(scales + N + n, mask=n < N, other=0.0)[:, None]
     if BIAS:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if GATED:
@@ -202,6 +218,7 @@ def few_rows(
     output: Tensor,
     shape: TileShape,
     *,
+    scale: Tensor | None = None,
     bias: Tensor | None = None,
     gated: bool = False,
     activation: str = "silu",
@@ -217,6 +234,7 @@ def few_rows(
     _few_rows_kernel[(ceil_div(num_outputs, shape.block_n), shape.splits)](
         x,
         weight,
+        x if scale is None else scale,
         x if bias is None else bias,
         output,
         rows,
@@ -228,6 +246,7 @@ def few_rows(
         SPLITS=shape.splits,
         GATED=gated,
         ACTIVATION=activation,
+        SCALED=scale is not None,
         BIAS=bias is not None,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanoinfer_engine.kernels.activation import activate
 from nanoinfer_engine.kernels.launch import ceil_div, pdl_options, power_of_two
+from nanoinfer_engine.kernels.quantize import store_quantized
 
 
 @triton.jit
@@ -71,11 +72,13 @@ def _add_norm_kernel(
     delta,
     gain,
     output,
+    scales,
     num_rows,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -97,9 +100,11 @@ def _add_norm_kernel(
         tl.store(residual + row * WIDTH + columns, x, mask=inside)
     x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-    tl.store(
-        output + row * WIDTH + columns, (x * scale * g).to(output.dtype.element_ty), mask=inside
-    )
+    y = x * scale * g
+    if QUANTIZED:
+        store_quantized(y, output, scales, row, columns, WIDTH)
+    else:
+        tl.store(output + row * WIDTH + columns, y.to(output.dtype.element_ty), mask=inside)
 
 
 def add_norm(
@@ -109,20 +114,26 @@ def add_norm(
     eps: float,
     output: Tensor,
     *,
+    scales: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """residual += the sum of `delta` [parts, rows, width], in place; `output` = its RMSNorm."""
+    """residual += the sum of `delta` [parts, rows, width], in place; `output` = its RMSNorm.
+
+    With `scales` [rows, 1] in float32 the output is e4m3, quantised row by row.
+    """
     num_rows, width = residual.shape
     _add_norm_kernel[(num_rows,)](
         residual,
         residual if delta is None else delta,
         gain,
         output,
+        residual if scales is None else scales,
         num_rows,
         eps,
         WIDTH=width,
         BLOCK=power_of_two(width),
         PARTS=0 if delta is None else delta.shape[0],
+        QUANTIZED=scales is not None,
         num_warps=4 if width <= 2048 else 8,
         **pdl_options(pdl),
     )

@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.kernels.heads import HeadTransform
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
+from nanoinfer_engine.kernels.quantize import quantize_rows
+from nanoinfer_engine.kv_cache import FP8
 from nanoinfer_engine.linears import (
     FEW_ROWS,
     Linear,
     LinearTable,
     apply_linear,
     join_linear,
+    quantized_product,
     tuned_sizes,
 )
 from nanoinfer_engine.models.decoder import Decoder, Layer
+from nanoinfer_engine.quantization import Fp8Linear
 
 MAX_FUSED_NORM = 2048
 """Hidden sizes up to which a GEMV takes the norm before it in: beyond, its registers cost more."""
@@ -71,10 +75,10 @@ class FusedDecoder:
 
     def __init__(self, model: Decoder, config: ModelConfig, backend: PagedAttention) -> None:
         """Share the weights of `model`, which must be on a CUDA device in half precision."""
-        self.table = LinearTable()
         self._config = config
         self._backend = backend
         self._embedding = model.embedding.weight
+        self.table = LinearTable(self._embedding.dtype)
         self._gain = model.norm.weight
         head = self._embedding if model.head is None else model.head.weight
         fuses = config.hidden_size <= MAX_FUSED_NORM
@@ -113,8 +117,10 @@ class FusedDecoder:
                 self._layer_of_one(index, layer, residual, plan, pdl)
             return Hidden(residual, None)
         delta: Tensor | None = None
+        in_8_bits = count > FEW_ROWS[-1] and self._layers[0].products["qkv"].scale is not None
+        run = self._layer_in_8_bits if in_8_bits else self._layer
         for index, layer in enumerate(self._layers):
-            delta = self._layer(index, layer, residual, delta, plan, pdl)
+            delta = run(index, layer, residual, delta, plan, pdl)
         return Hidden(residual, delta)
 
     def logits(self, hidden: Hidden, *, pdl: bool = False) -> Tensor:
@@ -155,6 +161,33 @@ class FusedDecoder:
         return self._join(
             "down", layer, self._product("gate_up", layer, hidden, pdl), residual, pdl
         )
+
+    def _layer_in_8_bits(
+        self,
+        index: int,
+        layer: FusedLayer,
+        residual: Tensor,
+        delta: Tensor | None,
+        plan: PagedPlan,
+        pdl: bool,
+    ) -> Tensor:
+        """The same for many rows of quantised products: what makes an input quantises it."""
+        products = layer.products
+        normed = self._quantized_norm(residual, delta, layer.attention_gain, pdl)
+        attended = self._attend(index, layer, quantized_product(normed, products["qkv"]), plan, pdl)
+        parts = quantized_product(quantize_rows(attended, pdl=pdl), products["output"]).unsqueeze(0)
+        normed = self._quantized_norm(residual, parts, layer.mlp_gain, pdl)
+        gate_up = quantized_product(normed, products["gate_up"])
+        inner = quantize_rows(gate_up, self._config.activation, pdl=pdl)
+        return quantized_product(inner, products["down"]).unsqueeze(0)
+
+    def _quantized_norm(
+        self, residual: Tensor, delta: Tensor | None, gain: Tensor, pdl: bool
+    ) -> tuple[Tensor, Tensor]:
+        values = torch.empty_like(residual, dtype=FP8)
+        scales = torch.empty((len(residual), 1), dtype=torch.float32, device=residual.device)
+        eps = self._config.norm_eps
+        return add_norm(residual, delta, gain, eps, values, scales=scales, pdl=pdl), scales
 
     def _layer_of_one(
         self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan, pdl: bool
@@ -208,6 +241,7 @@ class FusedDecoder:
             linear.weight,
             output,
             shape,
+            scale=linear.scale,
             bias=linear.bias,
             gain=linear.gain,
             eps=self._config.norm_eps,
@@ -225,21 +259,26 @@ def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig) -> FusedLaye
     attention, mlp = layer.attention, layer.mlp
     fuses = config.hidden_size <= MAX_FUSED_NORM
     gains = [norm.weight if fuses else None for norm in (layer.attention_norm, layer.mlp_norm)]
+    output, down = attention.output, mlp.down
     products = {
-        "qkv": Linear(attention.qkv.weight, attention.qkv.bias, gain=gains[0]),
-        "output": Linear(
-            attention.output.weight, attention.output.bias, joins=attention.output.bias is None
-        ),
-        "gate_up": Linear(
-            mlp.gate_up.weight,
-            mlp.gate_up.bias,
-            gated=True,
-            activation=config.activation,
-            gain=gains[1],
-        ),
-        "down": Linear(mlp.down.weight, mlp.down.bias, joins=mlp.down.bias is None),
+        "qkv": _linear(attention.qkv, gain=gains[0]),
+        "output": _linear(output, joins=output.bias is None),
+        "gate_up": _linear(mlp.gate_up, gated=True, activation=config.activation, gain=gains[1]),
+        "down": _linear(down, joins=down.bias is None),
     }
     norms = attention.query_norm, attention.key_norm
     head_gains = [None if norm is None else norm.weight for norm in norms]
     transform = HeadTransform(model.rotary, head_gains[0], head_gains[1], config.norm_eps)
     return FusedLayer(products, layer.attention_norm.weight, layer.mlp_norm.weight, transform)
+
+
+def _linear(
+    module: nn.Linear | Fp8Linear,
+    *,
+    gated: bool = False,
+    activation: str = "silu",
+    joins: bool = False,
+    gain: Tensor | None = None,
+) -> Linear:
+    scale = module.scale if isinstance(module, Fp8Linear) else None
+    return Linear(module.weight, module.bias, scale, gated, activation, joins, gain)
