@@ -10,7 +10,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,19 @@ from nanoinfer_engine.model_formats import nanogpt_config, read_huggingface_conf
 
 _SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Part(NamedTuple):
+    """The stretch [start, stop) of a tensor along dimension `dim`, 0 or 1."""
+
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """What a tensor is indexed with."""
+        return (slice(None),) * self.dim + (slice(self.start, self.stop),)
 
 
 class Checkpoint(Protocol):
@@ -34,8 +47,11 @@ class Checkpoint(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor, without reading any."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU; CheckpointError if it is no float tensor."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """One tensor, or a part of it, in its stored dtype; CheckpointError if it is no float one.
+
+        On the CPU. Of a part no more than that is read.
+        """
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -59,14 +75,15 @@ class SafetensorsCheckpoint:
             self._open(directory / file_name)
         self._check_index(directory)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, read from its file."""
-        dtype = self._files[name].get_slice(name).get_dtype()
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """One tensor or a part of it, read from its file."""
+        stored = self._files[name].get_slice(name)
+        dtype = stored.get_dtype()
         if dtype not in _SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{name}: dtype {dtype}, supported: {', '.join(_SAFETENSORS_DTYPES)}"
             )
-        tensor: Tensor = self._files[name].get_tensor(name)
+        tensor: Tensor = self._files[name].get_tensor(name) if part is None else stored[part.region]
         return tensor
 
     def _open(self, path: Path) -> None:
@@ -117,12 +134,12 @@ class TorchCheckpoint:
         self._tensors: dict[str, Tensor] = dict(tensors)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """One tensor or a part of it."""
         tensor = self._tensors[name]
         if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
             raise CheckpointError(f"{name}: {tensor.layout} {tensor.dtype} is not a float tensor")
-        return tensor
+        return tensor if part is None else tensor[part.region]
 
 
 _INDEX = "model.safetensors.index.json"

@@ -21,7 +21,8 @@ class EngineConfig:
     and `max_batch_requests` bound one step, `max_waiting_requests`, `max_waiting_tokens` (prompt
     tokens) and `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
     start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
-    `max_model_len` None means what the model allows.
+    `max_model_len` None means what the model allows. With `tensor_parallel` above 1 so many devices
+    share the model, and memory is what each of them has.
     """
 
     model_path: Path
@@ -39,6 +40,7 @@ class EngineConfig:
     max_waiting_bytes: int = 64 * 1024 * 1024
     max_queue_seconds: float | None = None
     prefix_caching: bool = True
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)

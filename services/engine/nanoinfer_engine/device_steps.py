@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.batch import Batch, RowResult
+from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
 from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
 from nanoinfer_engine.errors import SamplingError
@@ -21,7 +22,8 @@ from nanoinfer_engine.models.fused import FusedDecoder, StepTokens
 from nanoinfer_engine.request import SampledToken
 
 _GRAPH_MEMORY = 4 << 30
-# beyond these rows the launches are long enough to hide one another
+# beyond these rows the launches are long enough to hide one another; with several ranks none starts
+# early, because NCCL's kernels stand between ours
 _PDL_ROWS = 64
 
 
@@ -36,6 +38,11 @@ class DeviceStep:
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record()
         self._results: list[RowResult] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `results` returns at once."""
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def results(self) -> list[RowResult]:
         """One result per row of the batch; blocks until the device is done."""
@@ -65,19 +72,21 @@ class DeviceSteps:
         max_rows: int,
         max_blocks: int,
         device: torch.device,
+        rank: Rank = ALONE,
     ) -> None:
         """`max_rows` rows in a step at most, each of `max_blocks` blocks."""
+        self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._max_rows = max_rows
-        self.graphs = DecodeGraphs(_GRAPH_MEMORY)
+        self.graphs = DecodeGraphs(_GRAPH_MEMORY, rank.least)
         self.timings: dict[str, float] = {}
 
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
-        self.timings = self._decoder.tune(self._max_rows, _PDL_ROWS)
+        self.timings = self._decoder.tune(self._max_rows, self._pdl_rows)
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
         # a full collection over all that torch has made stops the steps for tens of milliseconds
         gc.collect()
@@ -112,7 +121,7 @@ class DeviceSteps:
 
     def run_decode(self, num_rows: int) -> None:
         """Launch a decode step on the static buffers; what the graphs capture."""
-        pdl, buffers = num_rows <= _PDL_ROWS, self._buffers
+        pdl, buffers = num_rows <= self._pdl_rows, self._buffers
         tokens = StepTokens(buffers.token_ids[:num_rows], buffers.sources[:num_rows], self._sampled)
         hidden = self._decoder.forward(tokens, buffers.plan(num_rows), pdl=pdl)
         logits = self._decoder.logits(hidden, pdl=pdl)

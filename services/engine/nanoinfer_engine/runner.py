@@ -15,11 +15,13 @@ import torch
 from nanoinfer_engine.attention import make_backend
 from nanoinfer_engine.batch import Batch, BatchRow, RowResult, Step
 from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
+from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.inputs import build_inputs, tail_slots
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for
 from nanoinfer_engine.logprobs import score_prompts
-from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.models import checkpoint_layout
+from nanoinfer_engine.parallel import take_share
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.sampler import sample
 from nanoinfer_engine.weights import Progress, load_weights
@@ -54,8 +56,11 @@ class ModelRunner:
         config: EngineConfig,
         progress: Progress = report_nothing,
         checkpoint: Checkpoint | None = None,
+        rank: Rank = ALONE,
     ) -> None:
         """Load the weights (of `checkpoint`, where one is given) and allocate the KV cache.
+
+        Of several ranks each loads its share of the model, and all must make the same calls.
 
         Raises CheckpointError for a checkpoint that cannot be served and ValueError for a
         configuration that contradicts it or itself.
@@ -68,15 +73,16 @@ class ModelRunner:
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
         self.block_size: int = config.block_size
-        self._model = build_model(checkpoint.config, self.max_model_len, dtype, device)
-        self.num_parameters: int = sum(each.numel() for each in self._model.parameters())
+        self._rank, share = rank, take_share(checkpoint, rank, self.max_model_len, dtype, device)
+        self._model, self._share = share.model, share.config
+        self.num_parameters: int = share.num_parameters
         layout = checkpoint_layout(checkpoint.config)
         self.weights_fingerprint: str = load_weights(
-            self._model, checkpoint, layout, device, progress
+            self._model, checkpoint, layout, device, progress, share.placements
         )
         self._device, self._dtype = device, dtype
         self._last: Step = FinishedStep([])
-        self.num_blocks: int = self._num_blocks()
+        self.num_blocks: int = rank.least(self._num_blocks())
         self._use(self._make_cache(self.num_blocks))
 
     def _num_blocks(self) -> int:
@@ -86,7 +92,7 @@ class ModelRunner:
             raise ValueError(f"block_size {config.block_size} is less than 1")
         if config.kv_cache_bytes is not None:
             return num_blocks_for(
-                config.kv_cache_bytes, self.model_config, config.block_size, self._dtype
+                config.kv_cache_bytes, self._share, config.block_size, self._dtype
             )
         if self._device.type != "cuda":
             raise ValueError("kv_cache_bytes is needed on a device other than CUDA")
@@ -98,10 +104,10 @@ class ModelRunner:
             self._run_largest()
             self._use(self._make_cache(1))  # lets go of the trial's cache
 
-        return fitting_blocks(config, self.model_config, self._make_cache, run_largest)
+        return fitting_blocks(config, self._share, self._make_cache, run_largest)
 
     def _make_cache(self, num_blocks: int) -> KVCache:
-        return KVCache(self.model_config, num_blocks, self.block_size, self._dtype, self._device)
+        return KVCache(self._share, num_blocks, self.block_size, self._dtype, self._device)
 
     def _use(self, cache: KVCache) -> None:
         """Attend over `cache` from now on."""
@@ -113,7 +119,13 @@ class ModelRunner:
             from nanoinfer_engine.device import open_device  # needs Triton
 
             self._steps = open_device(
-                self._model, self._config, self.model_config, self.max_model_len, cache
+                self._model,
+                self._config,
+                self._share,
+                self.max_model_len,
+                cache,
+                self._rank,
+                self.vocab_size,
             )
 
     @property

@@ -33,6 +33,9 @@ class EngineSettings(ServiceSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the computation; float16 on CUDA, else float32."
     )
+    tensor_parallel: int = Field(
+        1, ge=1, description="Devices that share the model, one process each."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads of a step on the CPU.")
     kv_cache_memory: ByteSize | None = Field(
         None,
@@ -112,6 +115,7 @@ class EngineSettings(ServiceSettings):
             max_waiting_bytes=int(self.max_waiting_bytes),
             max_queue_seconds=self.max_queue_seconds,
             prefix_caching=self.prefix_caching,
+            tensor_parallel=self.tensor_parallel,
         )
 
     def patience(self) -> Patience:
