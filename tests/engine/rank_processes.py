@@ -5,16 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from nanoinfer_engine.collectives import Rank
 from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.ranks import join
+from nanoinfer_engine.peers import find_meeting_place, join, open_meeting_place
 
 
 def run_ranks(
@@ -26,26 +24,26 @@ def run_ranks(
 ) -> list[Any]:
     """`function(config, rank, *arguments)` of each rank; it must be importable by its name."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as directory:
-        pipes, processes = [], []
-        for index in range(size):
-            ours, theirs = context.Pipe(duplex=False)
-            target = (theirs, function, config, Rank(index, size), Path(directory), arguments)
-            processes.append(context.Process(target=_run, args=target, daemon=True))
-            processes[-1].start()
-            theirs.close()
-            pipes.append(ours)
-        results = []
-        try:
-            for pipe in pipes:
-                assert pipe.poll(seconds), "a rank does not answer"
-                result = pickle.loads(pipe.recv_bytes())
-                assert not isinstance(result, str), result
-                results.append(result[0])
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    store = open_meeting_place(size)
+    pipes, processes = [], []
+    for index in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        target = (theirs, function, config, Rank(index, size), store.port, arguments)
+        processes.append(context.Process(target=_run, args=target, daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    results = []
+    try:
+        for pipe in pipes:
+            assert pipe.poll(seconds), "a rank does not answer"
+            result = pickle.loads(pipe.recv_bytes())
+            assert not isinstance(result, str), result
+            results.append(result[0])
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     return results
 
 
@@ -54,12 +52,13 @@ def _run(
     function: Callable[..., Any],
     config: EngineConfig,
     rank: Rank,
-    directory: Path,
+    port: int,
     arguments: tuple[Any, ...],
 ) -> None:
     result: object
     try:
-        result = (function(join(config, rank, directory), rank, *arguments),)
+        config = join(config, rank, find_meeting_place(port, rank.size))
+        result = (function(config, rank, *arguments),)
     except Exception:
         result = traceback.format_exc()
     pipe.send_bytes(pickle.dumps(result))  # by value, unlike `send`, which shares tensors' memory

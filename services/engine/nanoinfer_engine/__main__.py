@@ -13,7 +13,8 @@ from nanoinfer_common.config import parse_settings
 from nanoinfer_common.server import ServiceStatus, StartError, serve
 
 from nanoinfer_engine.batch import Runner
-from nanoinfer_engine.config import CheckpointError, EngineConfig
+from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.peers import REFUSALS
 from nanoinfer_engine.ranks import ParallelRunner
 from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.service import EngineService
@@ -29,7 +30,7 @@ def main() -> int:
 
 def _service(settings: EngineSettings, status: ServiceStatus) -> EngineService:
     def lost(error: Exception) -> None:
-        is_refusal = isinstance(error, CheckpointError | ValueError | OSError)
+        is_refusal = isinstance(error, REFUSALS)
         status.fail(StartError(f"{settings.model}: {error}") if is_refusal else error)
 
     def load_runner(config: EngineConfig, progress: Progress) -> Runner:
