@@ -6,7 +6,8 @@ Scheduler, pipeline and runner as the service runs them, without gRPC. a and c a
 b·(n-1)/(t-t1), with t1 from a run of one output token; b is output tokens over wall time, d prompt
 tokens over wall time. e: a prompt of 8,000 tokens arrives beside 64 streams; output tokens over
 wall time, how long the streams wait between two steps until its first token, and that one's time.
-Prints one JSON line per scenario, the median of `--repeats` runs.
+Prints one JSON line per scenario, the median of `--repeats` runs. With `--tensor-parallel N` the
+model is shared by N GPUs, and the limits are N times as high.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -24,10 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from nanoinfer_engine.batch import EndedStep, StepTiming
+from nanoinfer_engine.batch import EndedStep, Runner, StepTiming
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.pipeline import Pipeline
+from nanoinfer_engine.ranks import ParallelRunner
 from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
 from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.scheduler import Scheduler
@@ -114,7 +117,11 @@ class Bench:
         self.config = config
         self.vocab_size = SHAPES[shape].vocab_size
         checkpoint = RandomCheckpoint(SHAPES[shape], config.device, dtype)
-        self.runner = ModelRunner(config, checkpoint=checkpoint)
+        self.runner: Runner
+        if config.tensor_parallel == 1:
+            self.runner = ModelRunner(config, checkpoint=checkpoint)
+        else:
+            self.runner = ParallelRunner(config, checkpoint=checkpoint, lost=give_up)
         self.load_seconds = time.perf_counter() - began
         self.warm_up_seconds = self.runner.warm_up()
         self.capacity = Capacity(
@@ -192,6 +199,12 @@ class Bench:
         return batch, batch * (num_output - 1) / seconds, details
 
 
+def give_up(error: Exception) -> None:
+    """A rank is gone, and the others wait for it forever."""
+    print(error, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def commit() -> str:
     """The commit that is measured; `+` where the tree differs from it."""
     here = Path(__file__).parent
@@ -214,10 +227,13 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
     runs = [bench.scenario(name) for _ in range(arguments.repeats)]
     batch, tok_s, details = sorted(runs, key=lambda run: run[1])[len(runs) // 2]
     limit = LIMITS[arguments.shape].get(name)
+    if limit is not None:
+        limit *= arguments.tensor_parallel
     return {
         "scenario": name[0],
         "shape": arguments.shape,
         "batch": batch,
+        "tensor_parallel": arguments.tensor_parallel,
         "tok_s": round(tok_s, 1),
         "fraction_of_limit": None if limit is None else round(tok_s / limit, 3),
         "spread": round(statistics.pstdev(run[1] for run in runs) / tok_s, 4),
@@ -242,6 +258,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--max-mixed-tokens", type=int, help="in a step beside decodes")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the tree is no git checkout")
     return parser.parse_args(argv)
@@ -260,6 +277,7 @@ def main(argv: Sequence[str]) -> int:
         max_batch_requests=256,
         max_mixed_tokens=arguments.max_mixed_tokens,
         prefix_caching=False,
+        tensor_parallel=arguments.tensor_parallel,
     )
     dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16
     bench = Bench(arguments.shape, config, dtype)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import torch
+from nanoinfer_engine.checkpoints import Part
 from nanoinfer_engine.config import ModelConfig, RopeConfig
 from nanoinfer_engine.models import build_model, checkpoint_layout
 from torch import Tensor
 
 
 class RandomCheckpoint:
-    """Every tensor that `config` needs, drawn anew at each read; norm gains are near 1."""
+    """Every tensor that `config` needs, drawn at each read from its name; norm gains are near 1."""
 
     num_shards = 1
 
@@ -30,12 +32,16 @@ class RandomCheckpoint:
     def shard(self, name: str) -> int:
         return 0
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
         shape = self.shapes[name]
-        values = torch.randn(shape, device=self._device, dtype=self._dtype)
+        device = torch.empty(0, device=self._device).device  # the one that is current here
+        source = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        values = torch.randn(shape, device=device, dtype=self._dtype, generator=source)
         if len(shape) == 1:
-            return values.mul_(0.05).add_(1)
-        return values.mul_(shape[-1] ** -0.5)
+            values.mul_(0.05).add_(1)
+        else:
+            values.mul_(shape[-1] ** -0.5)
+        return values if part is None else values[part.region]
 
 
 def _decoder(model_type: str, **sizes: int | bool | float) -> ModelConfig:

@@ -10,8 +10,13 @@ import sys
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from nanoinfer_common.config import parse_settings
-from nanoinfer_common.server import serve
+from nanoinfer_common.server import ServiceStatus, StartError, serve
 
+from nanoinfer_engine.batch import Runner
+from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.peers import REFUSALS
+from nanoinfer_engine.progress import Progress
+from nanoinfer_engine.ranks import ParallelRunner
 from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.service import EngineService
 from nanoinfer_engine.settings import EngineSettings
@@ -20,7 +25,20 @@ from nanoinfer_engine.settings import EngineSettings
 def main() -> int:
     """Parse the settings, serve, return the exit code."""
     settings = parse_settings(EngineSettings, sys.argv[1:], "nanoinfer-engine")
-    return serve(lambda status: EngineService(settings, status, ModelRunner), settings)
+    return serve(lambda status: _service(settings, status), settings)
+
+
+def _service(settings: EngineSettings, status: ServiceStatus) -> EngineService:
+    def lost(error: Exception) -> None:
+        is_refusal = isinstance(error, REFUSALS)
+        status.fail(StartError(f"{settings.model}: {error}") if is_refusal else error)
+
+    def load_runner(config: EngineConfig, progress: Progress) -> Runner:
+        if config.tensor_parallel == 1:
+            return ModelRunner(config, progress)
+        return ParallelRunner(config, progress, lost=lost)
+
+    return EngineService(settings, status, load_runner)
 
 
 if __name__ == "__main__":

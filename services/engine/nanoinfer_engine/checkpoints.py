@@ -10,7 +10,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,19 @@ from nanoinfer_engine.model_formats import nanogpt_config, read_huggingface_conf
 
 _SAFETENSORS_DTYPES = ("F64", "F32", "F16", "BF16")
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Part(NamedTuple):
+    """The stretch [start, stop) of a tensor along dimension `dim`, 0 or 1."""
+
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """What a tensor is indexed with."""
+        return (slice(None),) * self.dim + (slice(self.start, self.stop),)
 
 
 class Checkpoint(Protocol):
@@ -41,8 +54,11 @@ class Checkpoint(Protocol):
     def shard(self, name: str) -> int:
         """Which of them a tensor is in, from 0; cheapest read one shard after another."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU; CheckpointError if it is no float tensor."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """One tensor, or a part of it, in its stored dtype; CheckpointError if it is no float one.
+
+        On the CPU. Of a part no more than that is read.
+        """
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -77,15 +93,16 @@ class SafetensorsCheckpoint:
         """The file's number."""
         return self._shards[name]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, read from its file; the file read before is let go."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """One tensor or a part of it, read from its file; the file read before is let go."""
         file = self._open(self._shards[name])
-        dtype = file.get_slice(name).get_dtype()
+        stored = file.get_slice(name)
+        dtype = stored.get_dtype()
         if dtype not in _SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{name}: dtype {dtype}, supported: {', '.join(_SAFETENSORS_DTYPES)}"
             )
-        tensor: Tensor = file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(name) if part is None else stored[part.region]
         return tensor
 
     def _open(self, shard: int) -> Any:
@@ -153,12 +170,12 @@ class TorchCheckpoint:
         """The one file."""
         return 0
 
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """One tensor or a part of it."""
         tensor = self._tensors[name]
         if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
             raise CheckpointError(f"{name}: {tensor.layout} {tensor.dtype} is not a float tensor")
-        return tensor
+        return tensor if part is None else tensor[part.region]
 
 
 _INDEX = "model.safetensors.index.json"

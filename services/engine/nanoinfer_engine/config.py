@@ -23,7 +23,8 @@ class EngineConfig:
     `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
     start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
     `max_model_len` None means what the model allows. `quantization` "fp8" keeps the layers' linears
-    in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in `dtype`.
+    in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in `dtype`. With
+    `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
     """
 
     model_path: Path
@@ -44,6 +45,7 @@ class EngineConfig:
     prefix_caching: bool = True
     quantization: str = "none"
     kv_cache_dtype: str = "auto"
+    tensor_parallel: int = 1
 
     @property
     def number_format(self) -> str:

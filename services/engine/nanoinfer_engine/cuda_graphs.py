@@ -1,7 +1,8 @@
 """Decode steps as CUDA graphs: one per padded batch size, captured before serving.
 
 A graph replays launches with the addresses they were captured with; whoever captures keeps the
-inputs in place. All graphs share one memory pool, because only one runs at a time.
+inputs in place. All graphs share one memory pool, because only one runs at a time. What other
+threads do meanwhile (NCCL's watches its operations) does not disturb the capture.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ def padded_sizes(max_rows: int) -> list[int]:
 class DecodeGraphs:
     """Captured decode steps by padded batch size."""
 
-    def __init__(self, memory_budget: int) -> None:
-        """`memory_budget` in bytes: once capturing has taken it, the sizes left stay eager."""
+    def __init__(self, memory_budget: int, least: Callable[[int], int] = int) -> None:
+        """`memory_budget` in bytes: once capturing has taken it, the sizes left stay eager.
+
+        `least` is that of several ranks, which must capture the same sizes.
+        """
         self._memory_budget = memory_budget
+        self._least = least
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, Tensor] = {}
         self._sizes: list[int] = []
@@ -42,14 +47,17 @@ class DecodeGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # the largest first: the smaller ones then fit into its pool
         for size in sorted(sizes, reverse=True):
-            if free_before - torch.cuda.mem_get_info()[0] > self._memory_budget:
+            taken = free_before - torch.cuda.mem_get_info()[0]
+            if not self._least(taken <= self._memory_budget):
                 break
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run(size)  # compiles, and lets the libraries allocate, outside the capture
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 output = run(size)
             self._graphs[size] = graph
             self._outputs[size] = _borrowed(output)

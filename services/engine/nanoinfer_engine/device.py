@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from nanoinfer_engine.attention.paged import PagedAttention
+from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.device_steps import DeviceSteps
 from nanoinfer_engine.kernels.decode import DecodeWorkspace
@@ -28,8 +29,13 @@ def open_device(
     model_config: ModelConfig,
     max_model_len: int,
     cache: KVCache,
+    rank: Rank = ALONE,
+    vocab_size: int | None = None,
 ) -> DeviceSteps | None:
-    """Fused steps of `model` over `cache`; None for what only the plain path computes."""
+    """Fused steps of `model` over `cache`; None for what only the plain path computes.
+
+    `model_config` is of the rank's share, `vocab_size` of the whole model.
+    """
     if not isinstance(model, Decoder) or cache.dtype not in (torch.float16, torch.bfloat16):
         return None
     workspace = DecodeWorkspace(
@@ -40,14 +46,16 @@ def open_device(
         cache.device,
     )
     backend = PagedAttention(cache, model_config.sliding_windows, workspace)
+    vocab_size = vocab_size or model_config.vocab_size
     return DeviceSteps(
-        FusedDecoder(model, model_config, backend),
-        model_config.vocab_size,
+        FusedDecoder(model, model_config, backend, rank, vocab_size),
+        vocab_size,
         cache.block_size,
         config.max_batch_requests,
         config.max_batch_tokens,
         -(-max_model_len // cache.block_size),
         cache.device,
+        rank,
     )
 
 

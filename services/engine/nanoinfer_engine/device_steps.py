@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.batch import Batch, BatchRow, RowResult, StepTiming
+from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
 from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
 from nanoinfer_engine.device_logprobs import (
@@ -30,7 +31,8 @@ from nanoinfer_engine.models.fused import FusedDecoder, Hidden, StepTokens
 from nanoinfer_engine.request import SampledToken
 
 _GRAPH_MEMORY = 4 << 30
-# beyond these rows the launches are long enough to hide one another
+# beyond these rows the launches are long enough to hide one another; with several ranks none starts
+# early, because NCCL's kernels stand between ours
 _PDL_ROWS = 64
 
 
@@ -53,6 +55,11 @@ class DeviceStep:
         self._results, self._scores = results, scores
         self._events = events
         self._is_read = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `results` returns at once."""
+        return self._events.is_over
 
     def results(self) -> list[RowResult]:
         """One result per row of the batch; blocks until the device is done."""
@@ -90,8 +97,10 @@ class DeviceSteps:
         max_tokens: int,
         max_blocks: int,
         device: torch.device,
+        rank: Rank = ALONE,
     ) -> None:
         """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_blocks` blocks."""
+        self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
@@ -99,13 +108,13 @@ class DeviceSteps:
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._places: dict[int, int] = {}  # of the last step's rows in `_sampled`
         self._max_rows, self._max_tokens = max_rows, max_tokens
-        self.graphs = DecodeGraphs(_GRAPH_MEMORY)
+        self.graphs = DecodeGraphs(_GRAPH_MEMORY, rank.least)
         self.timings: dict[str, float] = {}
         self._clock = DeviceClock()
 
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
-        self.timings = self._decoder.tune(self._max_rows, self._max_tokens, _PDL_ROWS)
+        self.timings = self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
         # a full collection over all that torch has made stops the steps for tens of milliseconds
         gc.collect()
@@ -168,7 +177,7 @@ class DeviceSteps:
 
     def run_decode(self, num_rows: int) -> Tensor:
         """Launch a decode step on the static buffers; what the graphs capture. Its logits."""
-        pdl, buffers = num_rows <= _PDL_ROWS, self._buffers
+        pdl, buffers = num_rows <= self._pdl_rows, self._buffers
         tokens = StepTokens(buffers.token_ids[:num_rows], buffers.sources[:num_rows], self._sampled)
         hidden = self._decoder.forward(tokens, buffers.plan(num_rows), pdl=pdl)
         logits = self._decoder.logits(hidden, pdl=pdl)

@@ -24,6 +24,11 @@ class StepEvents:
         self._begin, self._end, self._before = begin, end, before
         self._waited = 0.0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the step has ended."""
+        return bool(self._end.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> None:
         """Wait until the step has ended."""
         began = time.perf_counter()

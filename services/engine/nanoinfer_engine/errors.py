@@ -8,6 +8,8 @@ EngineError
 ├── DrainingError     refused, or ended unfinished: the engine drains
 ├── StalledReaderError ended: nobody took the request's tokens for too long
 └── EngineLostError   refused or ended: a step failed, and with it everything that ran
+
+RankError stands beside them: one of the processes that share a model is gone.
 """
 
 from __future__ import annotations
@@ -68,6 +70,10 @@ class SamplingError(Exception):
     """A row whose logits or options allow no choice; it ends that request alone."""
 
 
+class RankError(Exception):
+    """A rank failed or ended: no step of the others will ever end."""
+
+
 def is_memory_error(error: BaseException) -> bool:
     """Whether a step lacked memory, on the device or the host, and a smaller one may not."""
     return (
@@ -80,7 +86,8 @@ def is_memory_error(error: BaseException) -> bool:
 def is_device_error(error: BaseException) -> bool:
     """Whether the device is gone with this error: a CUDA fault, but not CUDA's lack of memory.
 
+    A rank that is gone is as bad.
     Newer versions of torch have a class for it, all of them a RuntimeError with this text.
     """
     is_fault = isinstance(error, RuntimeError) and "CUDA error" in str(error)
-    return is_fault and not is_memory_error(error)
+    return isinstance(error, RankError) or (is_fault and not is_memory_error(error))

@@ -14,11 +14,13 @@ import torch
 from nanoinfer_engine.attention import make_backend
 from nanoinfer_engine.batch import Batch, BatchRow, FinishedStep, RowResult, Step
 from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
+from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.inputs import build_inputs
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for, stored_dtype
 from nanoinfer_engine.logprobs import score_prompts
-from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.models import checkpoint_layout
+from nanoinfer_engine.parallel import take_share
 from nanoinfer_engine.progress import Progress, report_nothing
 from nanoinfer_engine.quantization import check_device, quantizer
 from nanoinfer_engine.request import SamplingOptions
@@ -40,8 +42,11 @@ class ModelRunner:
         config: EngineConfig,
         progress: Progress = report_nothing,
         checkpoint: Checkpoint | None = None,
+        rank: Rank = ALONE,
     ) -> None:
         """Load the weights (of `checkpoint`, where one is given) and allocate the KV cache.
+
+        Of several ranks each loads its share of the model, and all must make the same calls.
 
         Raises CheckpointError for a checkpoint that cannot be served and ValueError for a
         configuration that contradicts it or itself.
@@ -56,15 +61,16 @@ class ModelRunner:
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
         self.block_size: int = config.block_size
-        self._model = build_model(checkpoint.config, self.max_model_len, dtype, device)
-        self.num_parameters: int = sum(each.numel() for each in self._model.parameters())
+        self._rank, share = rank, take_share(checkpoint, rank, self.max_model_len, dtype, device)
+        self._model, self._share = share.model, share.config
+        self.num_parameters: int = share.num_parameters
         layout = checkpoint_layout(checkpoint.config)
         quantize = quantizer(config.quantization, self._model)
         self.weights_fingerprint: str = load_weights(
-            self._model, checkpoint, layout, device, progress, quantize
+            self._model, checkpoint, layout, device, progress, quantize, share.placements
         )
         self._device, self._dtype = device, dtype
-        self.num_blocks: int = self._num_blocks()
+        self.num_blocks: int = rank.least(self._num_blocks())
         self._use(self._make_cache(self.num_blocks))
 
     def _num_blocks(self) -> int:
@@ -74,7 +80,7 @@ class ModelRunner:
             raise ValueError(f"block_size {config.block_size} is less than 1")
         if config.kv_cache_bytes is not None:
             return num_blocks_for(
-                config.kv_cache_bytes, self.model_config, config.block_size, self._stored_dtype
+                config.kv_cache_bytes, self._share, config.block_size, self._stored_dtype
             )
         if self._device.type != "cuda":
             raise ValueError("kv_cache_bytes is needed on a device other than CUDA")
@@ -86,11 +92,11 @@ class ModelRunner:
             self._run_largest()
             self._use(self._make_cache(1))  # lets go of the trial's cache
 
-        return fitting_blocks(config, self.model_config, self._make_cache, run_largest)
+        return fitting_blocks(config, self._share, self._make_cache, run_largest)
 
     def _make_cache(self, num_blocks: int) -> KVCache:
-        model, size, stored = self.model_config, self.block_size, self._stored_dtype
-        return KVCache(model, num_blocks, size, self._dtype, self._device, stored)
+        size, stored = self.block_size, self._stored_dtype
+        return KVCache(self._share, num_blocks, size, self._dtype, self._device, stored)
 
     def _use(self, cache: KVCache) -> None:
         """Attend over `cache` from now on."""
@@ -102,7 +108,13 @@ class ModelRunner:
             from nanoinfer_engine.device import open_device  # needs Triton
 
             self._steps = open_device(
-                self._model, self._config, self.model_config, self.max_model_len, cache
+                self._model,
+                self._config,
+                self._share,
+                self.max_model_len,
+                cache,
+                self._rank,
+                self.vocab_size,
             )
 
     @property

@@ -39,6 +39,9 @@ class EngineSettings(ServiceSettings):
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         "auto", description="Number format of the KV cache; `fp8` holds twice the tokens."
     )
+    tensor_parallel: int = Field(
+        1, ge=1, description="Devices that share the model, one process each."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads of a step on the CPU.")
     kv_cache_memory: ByteSize | None = Field(
         None,
@@ -131,6 +134,7 @@ class EngineSettings(ServiceSettings):
             prefix_caching=self.prefix_caching,
             quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
+            tensor_parallel=self.tensor_parallel,
         )
 
     def patience(self) -> Patience:

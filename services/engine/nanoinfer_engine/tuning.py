@@ -16,7 +16,7 @@ def time_graph(run: Callable[[], object], repeats: int = 5) -> float:
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     graph.replay()
     times: list[float] = []

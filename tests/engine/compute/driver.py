@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow
+from nanoinfer_engine.batch import Batch, BatchRow, Runner
+from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.checkpoints import open_checkpoint
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.inputs import build_inputs
 from nanoinfer_engine.kv_cache import KVCache, stored_dtype
 from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.pipeline import Pipeline
 from nanoinfer_engine.progress import report_nothing
 from nanoinfer_engine.quantization import quantizer
-from nanoinfer_engine.request import SampledToken, SamplingOptions
+from nanoinfer_engine.request import (
+    Request,
+    RequestTimes,
+    SampledToken,
+    SamplingOptions,
+    StoppingOptions,
+)
 from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.scheduler import Scheduler
 from nanoinfer_engine.weights import load_weights
 
 GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
@@ -111,3 +120,33 @@ def run(runner: ModelRunner, jobs: Sequence[Job], seed: int = 0) -> None:
                 job.output.append(result)
             else:
                 assert result is None
+
+
+def generate(
+    runner: Runner,
+    prompts: Sequence[tuple[int, ...]],
+    num_tokens: int,
+    sampling: SamplingOptions = GREEDY,
+    kv_tokens: int | None = None,
+    **changes: object,
+) -> list[list[SampledToken]]:
+    """All prompts at once through scheduler and pipeline, to their ends."""
+    config = EngineConfig(Path("unused"), block_size=runner.block_size, max_batch_requests=16)
+    config = replace(config, **changes)  # type: ignore[arg-type]
+    capacity = Capacity(runner.max_model_len, kv_tokens or runner.num_blocks * runner.block_size)
+    scheduler, pipeline = Scheduler(config, capacity), Pipeline(runner)
+    tokens: dict[str, list[SampledToken]] = {}
+    for index, prompt in enumerate(prompts):
+        stopping = StoppingOptions(num_tokens, 0, frozenset(), frozenset(), False)
+        options = replace(sampling, seed=sampling.seed + index)
+        request = Request(str(index), 0, prompt, options, stopping, RequestTimes(arrived=0))
+        scheduler.add(request)
+        tokens[request.request_id] = []
+    while scheduler.has_work or pipeline.is_busy:
+        step = pipeline.advance(scheduler.schedule())
+        for output in scheduler.update(step.batch, step.results) if step else []:
+            assert output.error is None, output.error
+            tokens[output.request.request_id] += output.tokens
+    if kv_tokens is not None:
+        assert scheduler.num_preemptions > 0
+    return list(tokens.values())

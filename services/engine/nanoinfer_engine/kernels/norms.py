@@ -19,6 +19,8 @@ def _embed_kernel(
     sampled,
     table,
     output,
+    first,
+    num_ids,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -34,7 +36,11 @@ def _embed_kernel(
     if source >= 0:
         # -1 marks a row that could not be sampled; what it computes is thrown away
         token = tl.maximum(tl.load(sampled + source), 0)
-    values = tl.load(table + token.to(tl.int64) * WIDTH + columns, mask=columns < WIDTH)
+    token -= first
+    here = (token >= 0) & (token < num_ids)
+    values = tl.load(
+        table + token.to(tl.int64) * WIDTH + columns, mask=here & (columns < WIDTH), other=0.0
+    )
     tl.store(output + row.to(tl.int64) * WIDTH + columns, values, mask=columns < WIDTH)
 
 
@@ -45,11 +51,13 @@ def embed(
     table: Tensor,
     output: Tensor,
     *,
+    first: int = 0,
     pdl: bool = False,
 ) -> Tensor:
     """Embedding rows of [rows] tokens into `output` [rows, width].
 
     Where `sources` is not negative, the token is `sampled[source]`, which the last step left there.
+    `table` holds the ids from `first` on; those outside it give zeros.
     """
     width = table.shape[1]
     _embed_kernel[(len(tokens),)](
@@ -58,6 +66,8 @@ def embed(
         sampled,
         table,
         output,
+        first,
+        len(table),
         WIDTH=width,
         BLOCK=power_of_two(width),
         num_warps=4,

@@ -3,6 +3,9 @@
 Applied from outside to a loaded `Decoder`; its parameters are shared, not copied. A residual sum
 waits as parts until the next norm adds it up, so that a product may be split without a launch to
 join it. A step of one row goes through GEMVs that take norm, activation and residual in.
+
+Of several ranks each has its share of `parallel`. They add up whole products, never a residual or
+parts: which kernel a rank has chosen changes neither what they exchange nor what it means.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
+from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.kernels.heads import HeadTransform
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
@@ -73,18 +77,30 @@ class Hidden:
 class FusedDecoder:
     """Runs steps of a decoder on the device; the backend does everything between the products."""
 
-    def __init__(self, model: Decoder, config: ModelConfig, backend: PagedAttention) -> None:
-        """Share the weights of `model`, which must be on a CUDA device in half precision."""
+    def __init__(
+        self,
+        model: Decoder,
+        config: ModelConfig,
+        backend: PagedAttention,
+        rank: Rank = ALONE,
+        vocab_size: int | None = None,
+    ) -> None:
+        """Share the weights of `model`, which must be on a CUDA device in half precision.
+
+        `config` is of the rank's share; `vocab_size` of the whole model, where that is another.
+        """
+        self._rank = rank
+        self._vocab_size = vocab_size or config.vocab_size
         self._config = config
         self._backend = backend
         self._embedding = model.embedding.weight
         self.table = LinearTable(self._embedding.dtype)
         self._gain = model.norm.weight
         head = self._embedding if model.head is None else model.head.weight
-        fuses = config.hidden_size <= MAX_FUSED_NORM
+        fuses = config.hidden_size <= MAX_FUSED_NORM and rank.size == 1
         self._head = Linear(head, gain=self._gain if fuses else None)
         layers = (cast(Layer, layer) for layer in model.layers)
-        self._layers = [_fused_layer(layer, model, config) for layer in layers]
+        self._layers = [_fused_layer(layer, model, config, rank) for layer in layers]
 
     def tune(self, max_rows: int, max_tokens: int, pdl_rows: int) -> dict[str, float]:
         """Choose kernels per batch size up to `max_rows` rows, or tokens of prompts.
@@ -111,8 +127,12 @@ class FusedDecoder:
         """All layers of a step; what they leave is not added up and not normalised yet."""
         count = len(tokens.token_ids)
         residual = self._empty(count, self._config.hidden_size)
-        embed(tokens.token_ids, tokens.sources, tokens.sampled, self._embedding, residual, pdl=pdl)
-        if count == 1 and all(isinstance(self.table.choice(n, 1), GemvShape) for n in PRODUCTS):
+        first = self._rank.index * len(self._embedding)
+        sources, table = tokens.sources, self._embedding
+        embed(tokens.token_ids, sources, tokens.sampled, table, residual, first=first, pdl=pdl)
+        self._rank.add_up(residual)
+        is_gemv = (isinstance(self.table.choice(name, 1), GemvShape) for name in PRODUCTS)
+        if count == 1 and self._rank.size == 1 and all(is_gemv):
             for index, layer in enumerate(self._layers):
                 self._layer_of_one(index, layer, residual, plan, pdl)
             return Hidden(residual, None)
@@ -125,6 +145,10 @@ class FusedDecoder:
 
     def logits(self, hidden: Hidden, *, pdl: bool = False) -> Tensor:
         """Final norm and head of [rows, hidden] → [rows, vocabulary]."""
+        return self._rank.gather(self._logits(hidden, pdl), self._vocab_size)
+
+    def _logits(self, hidden: Hidden, pdl: bool) -> Tensor:
+        """Those of the rank's share of the vocabulary."""
         residual, eps = hidden.residual, self._config.norm_eps
         choice = self.table.choice("head", len(residual))
         if hidden.delta is None and self._head.gain is not None and isinstance(choice, GemvShape):
@@ -158,9 +182,8 @@ class FusedDecoder:
         attended = self._attend(index, layer, qkv, plan, pdl)
         parts = self._join("output", layer, attended, residual, pdl)
         add_norm(residual, parts, layer.mlp_gain, eps, hidden, pdl=pdl)
-        return self._join(
-            "down", layer, self._product("gate_up", layer, hidden, pdl), residual, pdl
-        )
+        inner = self._product("gate_up", layer, hidden, pdl)
+        return self._join("down", layer, inner, residual, pdl)
 
     def _layer_in_8_bits(
         self,
@@ -176,10 +199,10 @@ class FusedDecoder:
         normed = self._quantized_norm(residual, delta, layer.attention_gain, pdl)
         attended = self._attend(index, layer, quantized_product(normed, products["qkv"]), plan, pdl)
         parts = quantized_product(quantize_rows(attended, pdl=pdl), products["output"]).unsqueeze(0)
-        normed = self._quantized_norm(residual, parts, layer.mlp_gain, pdl)
+        normed = self._quantized_norm(residual, self._rank.add_up(parts), layer.mlp_gain, pdl)
         gate_up = quantized_product(normed, products["gate_up"])
         inner = quantize_rows(gate_up, self._config.activation, pdl=pdl)
-        return quantized_product(inner, products["down"]).unsqueeze(0)
+        return self._rank.add_up(quantized_product(inner, products["down"]).unsqueeze(0))
 
     def _quantized_norm(
         self, residual: Tensor, delta: Tensor | None, gain: Tensor, pdl: bool
@@ -214,11 +237,17 @@ class FusedDecoder:
         return parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
 
     def _product(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool) -> Tensor:
-        return apply_linear(x, layer.products[name], self.table.choice(name, len(x)), pdl)[0]
+        choice = self.table.choice(name, len(x))
+        if isinstance(choice, GemvShape):  # one row of a rank of several
+            return self._gemv(name, layer, x, pdl)
+        return apply_linear(x, layer.products[name], choice, pdl)[0]
 
     def _join(
         self, name: str, layer: FusedLayer, x: Tensor, residual: Tensor, pdl: bool
     ) -> Tensor | None:
+        """Parts that the residual still lacks; None where the product is in it."""
+        if self._rank.size > 1:
+            return self._rank.add_up(self._product(name, layer, x, pdl).unsqueeze(0))
         choice = self.table.choice(name, len(x))
         return join_linear(x, layer.products[name], choice, residual, pdl)
 
@@ -255,16 +284,17 @@ class FusedDecoder:
         return torch.empty(shape, dtype=self._embedding.dtype, device=self._embedding.device)
 
 
-def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig) -> FusedLayer:
+def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig, rank: Rank) -> FusedLayer:
     attention, mlp = layer.attention, layer.mlp
-    fuses = config.hidden_size <= MAX_FUSED_NORM
+    fuses = config.hidden_size <= MAX_FUSED_NORM and rank.size == 1
+    ends = [linear.bias is None and rank.size == 1 for linear in (attention.output, mlp.down)]
     gains = [norm.weight if fuses else None for norm in (layer.attention_norm, layer.mlp_norm)]
     output, down = attention.output, mlp.down
     products = {
         "qkv": _linear(attention.qkv, gain=gains[0]),
-        "output": _linear(output, joins=output.bias is None),
+        "output": _linear(output, joins=ends[0]),
         "gate_up": _linear(mlp.gate_up, gated=True, activation=config.activation, gain=gains[1]),
-        "down": _linear(down, joins=down.bias is None),
+        "down": _linear(down, joins=ends[1]),
     }
     norms = attention.query_norm, attention.key_norm
     head_gains = [None if norm is None else norm.weight for norm in norms]

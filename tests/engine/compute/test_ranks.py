@@ -1,0 +1,74 @@
+"""A rank that dies or cannot start takes the model with it, soon and saying why."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from nanoinfer_engine.batch import Batch, BatchRow
+from nanoinfer_engine.checkpoints import Part, SafetensorsCheckpoint
+from nanoinfer_engine.config import CheckpointError, EngineConfig
+from nanoinfer_engine.errors import RankError, is_device_error
+from nanoinfer_engine.ranks import ParallelRunner
+from nanoinfer_engine.request import SampledToken
+
+from tests.engine.compute.driver import GREEDY
+
+GUIDE = Path(__file__).resolve().parents[3] / "models" / "guide"
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_loses_the_model() -> None:
+    told: list[Exception] = []
+    is_told = threading.Event()
+
+    def lost(error: Exception) -> None:
+        told.append(error)
+        is_told.set()
+
+    config = EngineConfig(GUIDE, kv_cache_bytes=8 << 20, num_threads=1, tensor_parallel=2)
+    runner = ParallelRunner(config, lost=lost)
+    try:
+        (process,) = runner._peers._processes
+        batch = Batch((BatchRow((5, 6, 7), 0, (0,), True, GREEDY),))
+        assert isinstance(runner.execute(batch)[0], SampledToken)
+        process.kill()
+        began = time.monotonic()
+        with pytest.raises(RankError, match="rank 1 has ended with exit code -9") as caught:
+            runner.execute(batch)
+        assert time.monotonic() - began < 5
+        assert is_device_error(caught.value)
+        assert is_told.wait(5)
+        assert "rank 1" in str(told[0])
+    finally:
+        runner.close()
+
+
+class UnreadableElsewhere(SafetensorsCheckpoint):
+    """A checkpoint that only the first process can read."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.directory = directory
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return UnreadableElsewhere, (self.directory,)
+
+    def read(self, name: str, part: Part | None = None) -> torch.Tensor:
+        if multiprocessing.parent_process() is not None:
+            raise CheckpointError(f"{name}: not here")
+        return super().read(name, part)
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_on_one_rank() -> None:
+    config = EngineConfig(GUIDE, kv_cache_bytes=8 << 20, num_threads=1, tensor_parallel=2)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(CheckpointError, match=r"not here"):
+        ParallelRunner(config, checkpoint=UnreadableElsewhere(GUIDE))
+    assert set(multiprocessing.active_children()) == before
+    assert not torch.distributed.is_initialized()
