@@ -36,6 +36,8 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     config = parse("--model", "a", *flags.split()).engine_config()
     assert (config.prefix_caching, config.max_queue_seconds) == (False, 7)
     assert config.max_waiting_bytes == 2 * 1024**2
+    assert config.tensor_parallel == 1
+    assert parse("--model", "a", "--tensor-parallel", "2").engine_config().tensor_parallel == 2
     assert settings.served_name == tmp_path.name
     assert parse("--model", "a/b.pt").served_name == "b"
     assert parse("--model", "a", "--model-name", "x").served_name == "x"
@@ -48,6 +50,7 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
         ["--model", "a", "--kv-cache-memory", "lots"],
         ["--model", "a", "--kv-cache-memory", "0"],
         ["--model", "a", "--threads", "0"],
+        ["--model", "a", "--tensor-parallel", "0"],
         ["--model", "a", "--max-queue-seconds", "0"],
         ["--model", "a", "--max-waiting-bytes", "0"],
         ["--model", "a", "--dtype", "int3"],
