@@ -41,6 +41,8 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     config = parse("--model", "a", *flags.split()).engine_config()
     assert (config.quantization, config.kv_cache_dtype) == ("fp8", "fp8")
     assert config.number_format == "float32+fp8+kv_fp8"
+    assert config.tensor_parallel == 1
+    assert parse("--model", "a", "--tensor-parallel", "2").engine_config().tensor_parallel == 2
     assert settings.served_name == tmp_path.name
     assert parse("--model", "a/b.pt").served_name == "b"
     assert parse("--model", "a", "--model-name", "x").served_name == "x"
@@ -65,6 +67,7 @@ def test_what_streams_leave_to_prompts_follows_the_device() -> None:
         ["--model", "a", "--kv-cache-memory", "lots"],
         ["--model", "a", "--kv-cache-memory", "0"],
         ["--model", "a", "--threads", "0"],
+        ["--model", "a", "--tensor-parallel", "0"],
         ["--model", "a", "--max-queue-seconds", "0"],
         ["--model", "a", "--max-waiting-bytes", "0"],
         ["--model", "a", "--dtype", "int3"],
