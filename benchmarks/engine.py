@@ -169,7 +169,7 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
         "fraction_of_limit": round(tok_s / limit, 3),
         "spread": round(statistics.pstdev(run[1] for run in runs) / tok_s, 4),
         "repeats": arguments.repeats,
-        "dtype": arguments.dtype,
+        "dtype": bench.config.number_format,
         "max_batch_tokens": bench.config.max_batch_tokens,
         **{key: round(value, 4) for key, value in details.items()},
         "commit": arguments.commit or commit(),
@@ -186,6 +186,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scenarios", nargs="+", default=list(LIMITS["8b"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--quantization", choices=("none", "fp8"), default="none")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the tree is no git checkout")
@@ -204,6 +206,8 @@ def main(argv: Sequence[str]) -> int:
         max_batch_tokens=arguments.max_batch_tokens,
         max_batch_requests=256,
         prefix_caching=False,
+        quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
     )
     dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16
     bench = Bench(arguments.shape, config, dtype)
