@@ -238,7 +238,7 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
         "fraction_of_limit": None if limit is None else round(tok_s / limit, 3),
         "spread": round(statistics.pstdev(run[1] for run in runs) / tok_s, 4),
         "repeats": arguments.repeats,
-        "dtype": arguments.dtype,
+        "dtype": bench.config.number_format,
         "max_batch_tokens": bench.config.max_batch_tokens,
         "max_mixed_tokens": bench.config.mixed_step_tokens,
         **{key: round(value, 4) for key, value in details.items()},
@@ -256,6 +256,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scenarios", nargs="+", default=list(LIMITS["8b"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--quantization", choices=("none", "fp8"), default="none")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--max-mixed-tokens", type=int, help="in a step beside decodes")
     parser.add_argument("--tensor-parallel", type=int, default=1)
@@ -277,6 +279,8 @@ def main(argv: Sequence[str]) -> int:
         max_batch_requests=256,
         max_mixed_tokens=arguments.max_mixed_tokens,
         prefix_caching=False,
+        quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         tensor_parallel=arguments.tensor_parallel,
     )
     dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16

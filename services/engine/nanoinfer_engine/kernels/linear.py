@@ -40,6 +40,15 @@ class TileShape:
 
 
 @triton.jit
+def _scaled(total, total_up, scales, n, N, GATED: tl.constexpr):
+    """Both sums times the scales of their rows of the weight."""
+    total *= tl.load(scales + n, mask=n < N, other=0.0)
+    if GATED:
+        total_up *= tl.load(scales + N + n, mask=n < N, other=0.0)
+    return total, total_up
+
+
+@triton.jit
 def _gemv_kernel(
     x, weight, scales, bias, gain, output, N, K, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
@@ -91,9 +100,7 @@ def _gemv_kernel(
         scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
         total, total_up = total * scale, total_up * scale
     if SCALED:
-        total *= tl.load(scales + n, mask=n < N, other=0.0)
-        if GATED:
-            total_up *= tl.load(scales + N + n, mask=n < N, other=0.0)
+        total, total_up = _scaled(total, total_up, scales, n, N, GATED)
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if GATED:
