@@ -98,11 +98,6 @@ class KVCache:
         keys, values = (each.index_select(0, blocks) for each in self._blocks[layer])
         return self._from_memory(keys), self._from_memory(values)
 
-    def gather_slots(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values at `slots` [n]: [n, kv heads, head dim]."""
-        keys, values = (each.index_select(0, slots) for each in self._flat_layers[layer])
-        return self._from_memory(keys), self._from_memory(values)
-
     def _to_memory(self, values: Tensor) -> Tensor:
         if self.stored_dtype != FP8:
             return values

@@ -43,7 +43,7 @@ def loaded(path: Path, rank: Rank) -> tuple[dict[str, torch.Tensor], str]:
     share = take_share(checkpoint, rank, 8, torch.float32, CPU)
     layout = checkpoint_layout(checkpoint.config)
     fingerprint = load_weights(
-        share.model, checkpoint, layout, CPU, report_nothing, share.placements
+        share.model, checkpoint, layout, CPU, report_nothing, placements=share.placements
     )
     assert share.num_parameters == sum(
         each.numel() for each in build_model(checkpoint.config, 8, torch.float32, CPU).parameters()
