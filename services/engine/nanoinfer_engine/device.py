@@ -54,6 +54,7 @@ def open_device(
         config.max_batch_requests,
         config.max_batch_tokens,
         -(-max_model_len // cache.block_size),
+        cache.num_blocks,
         cache.device,
         rank,
     )

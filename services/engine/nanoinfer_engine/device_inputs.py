@@ -1,7 +1,7 @@
 """`Batch` → the packed integers that one copy brings to the device.
 
 Decode rows come first, whatever their order in the batch; everything is int32, floats by their
-bits. Decode steps have a fixed layout in static memory, for CUDA graphs; mixed steps are laid out
+bits. Decode steps have a fixed layout in static memory (`decode_buffers`); mixed steps are laid out
 anew each time.
 """
 
@@ -24,61 +24,8 @@ from nanoinfer_engine.sampler import GREEDY_BELOW
 
 Ints = NDArray[np.int32]
 
-_SAMPLING_FIELDS = 9  # as `DeviceSampling` has them
-_ROW_FIELDS = 3 + _SAMPLING_FIELDS  # token, source, context before them
-
-
-class DecodeBuffers:
-    """Static device memory that the decode graphs read: `max_rows` rows of `max_blocks` blocks."""
-
-    def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
-        """All rows are padding at first."""
-        self._max_rows = max_rows
-        size = _ROW_FIELDS * max_rows
-        self._staging = torch.zeros(size + max_rows * max_blocks, dtype=torch.int32, device=device)
-        fields = self._staging[:size].view(_ROW_FIELDS, max_rows)
-        self.token_ids, self.sources, self.contexts = fields[:3]
-        self._sampling = fields[3:]
-        device_sampling(self._sampling).slot.fill_(-1)
-        self.tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
-
-    def plan(self, num_rows: int) -> PagedPlan:
-        """The attention plan of the first `num_rows` rows."""
-        return PagedPlan(num_rows, self.tables[:num_rows], self.contexts[:num_rows], None)
-
-    def sampling(self, num_rows: int) -> DeviceSampling:
-        """How the first `num_rows` rows choose."""
-        return device_sampling(self._sampling[:, :num_rows])
-
-    def fill(
-        self,
-        rows: Sequence[BatchRow],
-        places: Mapping[int, int],
-        slots: Mapping[int, int],
-        padded: int,
-        begin: Callable[[], None],
-    ) -> None:
-        """Bring `rows` in, padded to `padded` rows; returns before the copy has happened.
-
-        `places` as in `sources`, `slots` as in `sampling_arrays`; `begin` is called just before
-        the copy, the first that the device has to do with the step.
-        """
-        count, width = len(rows), max(len(row.block_ids) for row in rows)
-        size = _ROW_FIELDS * self._max_rows
-        packed = np.zeros(size + count * width, dtype=np.int32)
-        fields = packed[:size].view().reshape(_ROW_FIELDS, self._max_rows)
-        fields[0, :count] = [row.token_ids[-1] if row.token_ids else 0 for row in rows]
-        fields[1, :count] = sources(rows, places)
-        fields[1, count:padded] = -1
-        fields[2, :count] = [row.context_length for row in rows]
-        fields[3:, :count] = sampling_arrays(rows, slots)
-        fields[4, count:padded] = -1  # nothing is counted for padding
-        packed[size:] = block_tables(rows, width).reshape(-1)
-        on_host = torch.from_numpy(packed).pin_memory()
-        begin()
-        self._staging[: len(packed)].copy_(on_host, non_blocking=True)
-        tables = self._staging[size : len(packed)].view(count, width)
-        self.tables[:count, :width].copy_(tables)
+SAMPLING_FIELDS = 9
+"""Fields of a row that say how it chooses, as `DeviceSampling` has them."""
 
 
 def sources(rows: Sequence[BatchRow], places: Mapping[int, int]) -> list[int]:
@@ -107,7 +54,7 @@ def sampling_arrays(rows: Sequence[BatchRow], slots: Mapping[int, int]) -> Ints:
     `slots` has the rows that are shaped, by their index.
     """
     options = [row.sampling for row in rows]
-    arrays = np.zeros((_SAMPLING_FIELDS, len(rows)), dtype=np.int32)
+    arrays = np.zeros((SAMPLING_FIELDS, len(rows)), dtype=np.int32)
     arrays[0] = [each.top_k for each in options]
     arrays[1] = -1
     floats = arrays[2:].view(np.float32)
@@ -203,7 +150,10 @@ def mixed_inputs(
     device: torch.device,
     begin: Callable[[], None],
 ) -> MixedInputs:
-    """Lay out a step of any mix; `slots` by index in `rows`, the others as in `fill`."""
+    """Lay out a step of any mix; `slots` by index in `rows`, `places` as in `sources`.
+
+    `begin` is called just before the copy, the first that the device has to do with the step.
+    """
     late = reads_new_blocks(rows, block_size)
     is_prompt = [row.num_tokens > 1 or index in late for index, row in enumerate(rows)]
     order = sorted(range(len(rows)), key=lambda index: is_prompt[index])
@@ -243,7 +193,7 @@ def mixed_inputs(
         plan,
         sampled_rows,
         parts[sampled_tokens],
-        device_sampling(parts[options].view(_SAMPLING_FIELDS, -1)),
+        device_sampling(parts[options].view(SAMPLING_FIELDS, -1)),
     )
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from nanoinfer_engine.batch import Batch, BatchRow, RowResult, StepTiming
 from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
-from nanoinfer_engine.device_inputs import DecodeBuffers, mixed_inputs, reads_new_blocks
+from nanoinfer_engine.decode_buffers import DecodeBuffers
+from nanoinfer_engine.device_inputs import mixed_inputs, reads_new_blocks
 from nanoinfer_engine.device_logprobs import (
     PromptScores,
     SampledScores,
@@ -27,13 +28,17 @@ from nanoinfer_engine.device_shaping import ShapingSlots
 from nanoinfer_engine.device_timing import DeviceClock, StepEvents
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
+from nanoinfer_engine.linears import FEW_ROWS
 from nanoinfer_engine.models.fused import FusedDecoder, Hidden, StepTokens
-from nanoinfer_engine.request import SampledToken
+from nanoinfer_engine.request import SampledToken, SamplingOptions
+from nanoinfer_engine.tuning import time_graph
 
 _GRAPH_MEMORY = 4 << 30
 # beyond these rows the launches are long enough to hide one another; with several ranks none starts
 # early, because NCCL's kernels stand between ours
 _PDL_ROWS = 64
+_REFINED_CONTEXT = 640
+GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
 class DeviceStep:
@@ -46,12 +51,13 @@ class DeviceStep:
         results: list[RowResult],
         scores: Sequence[SampledScores | PromptScores],
         events: StepEvents,
+        copied: torch.cuda.Event,
     ) -> None:
         """`ids` and `scores` are being copied to the host; `places` says where a row's id is.
 
-        `results` are those of the rows that are known to fail.
+        `results` are those of the rows that are known to fail; `copied` comes after `events`.
         """
-        self._ids, self._places = ids, places
+        self._ids, self._places, self._copied = ids, places, copied
         self._results, self._scores = results, scores
         self._events = events
         self._is_read = False
@@ -59,12 +65,13 @@ class DeviceStep:
     @property
     def is_done(self) -> bool:
         """Whether `results` returns at once."""
-        return self._events.is_over
+        return bool(self._copied.query())  # type: ignore[no-untyped-call]
 
     def results(self) -> list[RowResult]:
         """One result per row of the batch; blocks until the device is done."""
         if not self._is_read:
             self._events.wait()
+            self._copied.synchronize()
             ids: list[int] = [] if self._ids is None else self._ids.tolist()
             for row, place in self._places.items():
                 if self._results[row] is None:
@@ -96,10 +103,14 @@ class DeviceSteps:
         max_rows: int,
         max_tokens: int,
         max_blocks: int,
+        num_blocks: int,
         device: torch.device,
         rank: Rank = ALONE,
     ) -> None:
-        """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_blocks` blocks."""
+        """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_blocks` blocks.
+
+        `num_blocks` are all that there are.
+        """
         self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
@@ -107,7 +118,7 @@ class DeviceSteps:
         self._slots = ShapingSlots(self._workspace.counts, self._workspace.bias)
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._places: dict[int, int] = {}  # of the last step's rows in `_sampled`
-        self._max_rows, self._max_tokens = max_rows, max_tokens
+        self._max_rows, self._max_tokens, self._num_blocks = max_rows, max_tokens, num_blocks
         self.graphs = DecodeGraphs(_GRAPH_MEMORY, rank.least)
         self.timings: dict[str, float] = {}
         self._clock = DeviceClock()
@@ -115,45 +126,70 @@ class DeviceSteps:
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
         self.timings = self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
+        if self._pdl_rows:
+            self._refine()
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
+        self._buffers.rewind()
         # a full collection over all that torch has made stops the steps for tens of milliseconds
         gc.collect()
         gc.freeze()
+
+    def _refine(self) -> None:
+        """Choose again among the best within whole steps: kernels overlap their neighbours."""
+        width = min(-(-_REFINED_CONTEXT // self._block_size), self._num_blocks)
+        context = min(_REFINED_CONTEXT, width * self._block_size)
+        for rows in FEW_ROWS:
+            if rows <= min(self._max_rows, self._pdl_rows):
+                made_up = [
+                    BatchRow(
+                        (0,),
+                        context - 1,
+                        tuple((row * width + i) % self._num_blocks for i in range(width)),
+                        samples=True,
+                        sampling=GREEDY,
+                    )
+                    for row in range(rows)
+                ]
+                self._buffers.fill_all(made_up)
+                step = partial(self.run_decode, rows)
+                self._decoder.table.refine(rows, partial(time_graph, step))
 
     def launch(self, batch: Batch) -> DeviceStep:
         """Run `batch`, whose rows may continue from ids of the batch launched before it."""
         rows, places = batch.rows, self._places
         slots, failed = self._slots.place(rows, places, self._sampled)
         decodes = all(row.num_tokens == 1 and row.samples for row in rows)
-        replays = False
-        logits: Tensor | None
-        prompts: list[PromptScores] = []
         if decodes and not reads_new_blocks(rows, self._block_size):
-            replays = self.graphs.can_replay(len(rows))
-            logits = self._decode(rows, places, slots, replays)
-            self._places = {row: row for row in range(len(rows))}
-        else:
-            logits, prompts = self._run_mixed(rows, places, slots)
+            return self._launch_decode(rows, places, slots, failed)
+        logits, prompts = self._run_mixed(rows, places, slots)
         ids, scores = None, []
         if logits is not None:
-            ids = self._to_host(len(self._places))
+            ids = torch.empty(len(self._places), dtype=torch.int32, pin_memory=True)
+            ids.copy_(self._sampled[: len(ids)], non_blocking=True)
             scores = measure_sampled(rows, self._places, logits, self._sampled)
         results = [failed.get(row) for row in range(len(rows))]
-        events = self._clock.end("graph" if replays else "eager")
-        return DeviceStep(ids, self._places, results, [*scores, *prompts], events)
+        events = self._clock.end("eager")
+        return DeviceStep(ids, self._places, results, [*scores, *prompts], events, events.end)
 
-    def _decode(
+    def _launch_decode(
         self,
         rows: Sequence[BatchRow],
         places: Mapping[int, int],
         slots: Mapping[int, int],
-        replays: bool,
-    ) -> Tensor:
-        """Run rows of one token each; returns their logits, which the next step overwrites."""
+        failed: Mapping[int, RowResult],
+    ) -> DeviceStep:
+        """Run rows of one token each, all of which sample."""
         count = len(rows)
-        padded = self.graphs.padded(count) if replays else count
-        self._buffers.fill(rows, places, slots, padded, self._clock.begin)
-        return self.graphs.replay(count) if replays else self.run_decode(count)
+        replays = self.graphs.can_replay(count)
+        self._buffers.fill(rows, places, slots, self.graphs.padded(count) if replays else count)
+        self._clock.begin()
+        logits = self.graphs.replay(count) if replays else self.run_decode(count)
+        self._places = {row: row for row in range(count)}
+        scores = measure_sampled(rows, self._places, logits, self._sampled)
+        events = self._clock.end("graph" if replays else "eager")
+        ids, copied = self._buffers.bring(count, events.end)
+        results = [failed.get(row) for row in range(count)]
+        return DeviceStep(ids, self._places, results, scores, events, copied)
 
     def _run_mixed(
         self, rows: Sequence[BatchRow], places: Mapping[int, int], slots: Mapping[int, int]
@@ -178,12 +214,10 @@ class DeviceSteps:
     def run_decode(self, num_rows: int) -> Tensor:
         """Launch a decode step on the static buffers; what the graphs capture. Its logits."""
         pdl, buffers = num_rows <= self._pdl_rows, self._buffers
+        buffers.unpack(num_rows)
         tokens = StepTokens(buffers.token_ids[:num_rows], buffers.sources[:num_rows], self._sampled)
         hidden = self._decoder.forward(tokens, buffers.plan(num_rows), pdl=pdl)
         logits = self._decoder.logits(hidden, pdl=pdl)
-        choose(logits, buffers.sampling(num_rows), self._workspace, self._sampled, pdl=pdl)
+        sampling, history = buffers.sampling(num_rows), buffers.history
+        choose(logits, sampling, self._workspace, self._sampled, history, pdl=pdl)
         return logits
-
-    def _to_host(self, count: int) -> Tensor:
-        ids = torch.empty(count, dtype=torch.int32, pin_memory=True)
-        return ids.copy_(self._sampled[:count], non_blocking=True)

@@ -21,24 +21,19 @@ class StepEvents:
     ) -> None:
         """All of them recorded, in one stream."""
         self._kind: StepKind = kind
-        self._begin, self._end, self._before = begin, end, before
+        self._begin, self.end, self._before = begin, end, before
         self._waited = 0.0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the step has ended."""
-        return bool(self._end.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Wait until the step has ended."""
         began = time.perf_counter()
-        self._end.synchronize()
+        self.end.synchronize()
         self._waited += time.perf_counter() - began
 
     def timing(self) -> StepTiming:
         """After `wait`: what the device did; idle is 0 for the first step of all."""
         before = self._begin if self._before is None else self._before
-        idle, busy = before.elapsed_time(self._begin), self._begin.elapsed_time(self._end)
+        idle, busy = before.elapsed_time(self._begin), self._begin.elapsed_time(self.end)
         return StepTiming(self._kind, 1e-3 * busy, 1e-3 * idle, self._waited)
 
 

@@ -30,8 +30,6 @@ def _embed_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     columns = tl.arange(0, BLOCK)
     source = tl.load(sources + row)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     token = tl.load(tokens + row)
     if source >= 0:
         # -1 marks a row that could not be sampled; what it computes is thrown away
@@ -57,6 +55,7 @@ def embed(
     """Embedding rows of [rows] tokens into `output` [rows, width].
 
     Where `sources` is not negative, the token is `sampled[source]`, which the last step left there.
+    Begins when what is before it has ended; with `pdl` what follows may begin earlier.
     `table` holds the ids from `first` on; those outside it give zeros.
     """
     width = table.shape[1]
@@ -71,7 +70,7 @@ def embed(
         WIDTH=width,
         BLOCK=power_of_two(width),
         num_warps=4,
-        **pdl_options(pdl),
+        PDL=pdl,
     )
     return output
 

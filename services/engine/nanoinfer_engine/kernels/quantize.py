@@ -31,6 +31,7 @@ def _quantize_kernel(
     scales,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -40,9 +41,9 @@ def _quantize_kernel(
         tl.extra.cuda.gdc_wait()
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    start = x + row * WIDTH * (2 if ACTIVATION else 1) + columns
+    start = x + row * WIDTH * (2 if GATED else 1) + columns
     value = tl.load(start, mask=inside, other=0.0).to(tl.float32)
-    if ACTIVATION:
+    if GATED:
         up = tl.load(start + WIDTH, mask=inside, other=0.0).to(tl.float32)
         value = activate(value, ACTIVATION) * up
     store_quantized(value, values, scales, row, columns, WIDTH)
@@ -62,6 +63,7 @@ def quantize_rows(x: Tensor, activation: str = "", *, pdl: bool = False) -> tupl
         scales,
         WIDTH=width,
         BLOCK=power_of_two(width),
+        GATED=bool(activation),
         ACTIVATION=activation,
         num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16,
         **pdl_options(pdl),

@@ -42,6 +42,18 @@ class DeviceSampling:
     presence: Tensor
 
 
+@dataclass(frozen=True)
+class History:
+    """Where a step leaves its ids for the host: `ids` [entries, rows], all int32.
+
+    `current` is the step's entry; the step sets `turn` to the next one's.
+    """
+
+    ids: Tensor
+    turn: Tensor
+    current: Tensor
+
+
 class SamplingWorkspace:
     """The slices' results, for rows of `vocab_size` logits, and the tables of shaped rows."""
 
@@ -120,10 +132,15 @@ def _choose_kernel(
     best_ids,
     weights,
     sampled,
+    history,
+    turn,
+    current,
+    history_stride,
     VOCAB: tl.constexpr,
     SLICES: tl.constexpr,
     SLICES_PAD: tl.constexpr,
     SLICE: tl.constexpr,
+    ENTRIES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -157,7 +174,13 @@ def _choose_kernel(
             token = draw(half, shares, k, p, share, number, top, t, VOCAB, SLICES_PAD, SLICE)
     if (slot >= 0) & (bad == 0):
         count_token(counts, slot, token, VOCAB)
-    tl.store(sampled + row, tl.where(bad, -1, token))
+    token = tl.where(bad, -1, token)
+    tl.store(sampled + row, token)
+    if ENTRIES > 0:
+        place = tl.load(current)
+        tl.store(history + place * history_stride + row, token)
+        if row == 0:
+            tl.store(turn, (place + 1) % ENTRIES)
 
 
 def choose(
@@ -165,10 +188,11 @@ def choose(
     sampling: DeviceSampling,
     workspace: SamplingWorkspace,
     sampled: Tensor,
+    history: History | None = None,
     *,
     pdl: bool = False,
 ) -> Tensor:
-    """One id per row of half-precision `logits` into `sampled` [>= rows] int32.
+    """One id per row of half-precision `logits` into `sampled` [>= rows] int32, and `history`.
 
     -1 where the logits are not finite. `logits` is not modified.
     """
@@ -206,6 +230,11 @@ def choose(
         sampling.uniform,
         *results,
         sampled,
+        sampled if history is None else history.ids,
+        sampled if history is None else history.turn,
+        sampled if history is None else history.current,
+        0 if history is None else history.ids.stride(0),
+        ENTRIES=0 if history is None else len(history.ids),
         VOCAB=vocab_size,
         SLICES=slices,
         SLICES_PAD=power_of_two(slices),

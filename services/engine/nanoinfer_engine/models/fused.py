@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
 from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import ModelConfig
-from nanoinfer_engine.kernels.heads import HeadTransform
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
 from nanoinfer_engine.kernels.quantize import quantize_rows
@@ -34,22 +33,9 @@ from nanoinfer_engine.linears import (
     tuned_sizes,
 )
 from nanoinfer_engine.models.decoder import Decoder, Layer
-from nanoinfer_engine.quantization import Fp8Linear
-
-MAX_FUSED_NORM = 2048
-"""Hidden sizes up to which a GEMV takes the norm before it in: beyond, its registers cost more."""
+from nanoinfer_engine.models.fused_layer import MAX_FUSED_NORM, FusedLayer, fused_layer
 
 PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
-
-
-@dataclass(frozen=True)
-class FusedLayer:
-    """One layer's weights, named by what they are multiplied for."""
-
-    products: dict[str, Linear]
-    attention_gain: Tensor
-    mlp_gain: Tensor
-    transform: HeadTransform
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ class FusedDecoder:
         fuses = config.hidden_size <= MAX_FUSED_NORM and rank.size == 1
         self._head = Linear(head, gain=self._gain if fuses else None)
         layers = (cast(Layer, layer) for layer in model.layers)
-        self._layers = [_fused_layer(layer, model, config, rank) for layer in layers]
+        self._layers = [fused_layer(layer, model, config, rank) for layer in layers]
 
     def tune(self, max_rows: int, max_tokens: int, pdl_rows: int) -> dict[str, float]:
         """Choose kernels per batch size up to `max_rows` rows, or tokens of prompts.
@@ -282,33 +268,3 @@ class FusedDecoder:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._embedding.dtype, device=self._embedding.device)
-
-
-def _fused_layer(layer: Layer, model: Decoder, config: ModelConfig, rank: Rank) -> FusedLayer:
-    attention, mlp = layer.attention, layer.mlp
-    fuses = config.hidden_size <= MAX_FUSED_NORM and rank.size == 1
-    ends = [linear.bias is None and rank.size == 1 for linear in (attention.output, mlp.down)]
-    gains = [norm.weight if fuses else None for norm in (layer.attention_norm, layer.mlp_norm)]
-    output, down = attention.output, mlp.down
-    products = {
-        "qkv": _linear(attention.qkv, gain=gains[0]),
-        "output": _linear(output, joins=ends[0]),
-        "gate_up": _linear(mlp.gate_up, gated=True, activation=config.activation, gain=gains[1]),
-        "down": _linear(down, joins=ends[1]),
-    }
-    norms = attention.query_norm, attention.key_norm
-    head_gains = [None if norm is None else norm.weight for norm in norms]
-    transform = HeadTransform(model.rotary, head_gains[0], head_gains[1], config.norm_eps)
-    return FusedLayer(products, layer.attention_norm.weight, layer.mlp_norm.weight, transform)
-
-
-def _linear(
-    module: nn.Linear | Fp8Linear,
-    *,
-    gated: bool = False,
-    activation: str = "silu",
-    joins: bool = False,
-    gain: Tensor | None = None,
-) -> Linear:
-    scale = module.scale if isinstance(module, Fp8Linear) else None
-    return Linear(module.weight, module.bias, scale, gated, activation, joins, gain)
