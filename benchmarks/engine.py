@@ -112,11 +112,13 @@ class Run:
 class Bench:
     """One runner and the requests that are sent through it."""
 
-    def __init__(self, shape: str, config: EngineConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: str, config: EngineConfig, dtype: torch.dtype, *, dummy: bool = False
+    ) -> None:
         began = time.perf_counter()
         self.config = config
         self.vocab_size = SHAPES[shape].vocab_size
-        checkpoint = RandomCheckpoint(SHAPES[shape], config.device, dtype)
+        checkpoint = RandomCheckpoint(SHAPES[shape], config.device, dtype, dummy=dummy)
         self.runner: Runner
         if config.tensor_parallel == 1:
             self.runner = ModelRunner(config, checkpoint=checkpoint)
@@ -223,7 +225,8 @@ def commit() -> str:
 
 def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """One line of results."""
-    bench.scenario(name)  # shapes that only this scenario has are planned here
+    if not arguments.cold:
+        bench.scenario(name)  # shapes that only this scenario has are planned here
     runs = [bench.scenario(name) for _ in range(arguments.repeats)]
     batch, tok_s, details = sorted(runs, key=lambda run: run[1])[len(runs) // 2]
     limit = LIMITS[arguments.shape].get(name)
@@ -239,6 +242,7 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
         "spread": round(statistics.pstdev(run[1] for run in runs) / tok_s, 4),
         "repeats": arguments.repeats,
         "dtype": bench.config.number_format,
+        "weights": arguments.weights,
         "max_batch_tokens": bench.config.max_batch_tokens,
         "max_mixed_tokens": bench.config.mixed_step_tokens,
         **{key: round(value, 4) for key, value in details.items()},
@@ -258,6 +262,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--quantization", choices=("none", "fp8"), default="none")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
+    parser.add_argument("--weights", choices=("normal", "dummy"), default="normal")
+    parser.add_argument("--cold", action="store_true", help="no run before those that count")
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--max-mixed-tokens", type=int, help="in a step beside decodes")
     parser.add_argument("--tensor-parallel", type=int, default=1)
@@ -284,7 +290,7 @@ def main(argv: Sequence[str]) -> int:
         tensor_parallel=arguments.tensor_parallel,
     )
     dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16
-    bench = Bench(arguments.shape, config, dtype)
+    bench = Bench(arguments.shape, config, dtype, dummy=arguments.weights == "dummy")
     print(
         f"# start-up {bench.load_seconds + bench.warm_up_seconds:.1f} s, of it loading"
         f" {bench.load_seconds:.1f} s; {bench.capacity.kv_tokens} tokens of KV cache",

@@ -13,12 +13,18 @@ from torch import Tensor
 
 
 class RandomCheckpoint:
-    """Every tensor that `config` needs, drawn at each read from its name; norm gains are near 1."""
+    """Every tensor that `config` needs, drawn at each read from its name; norm gains are near 1.
+
+    With `dummy` all are uniform within ±0.001, as vLLM's dummy loader draws them: the products of
+    such numbers take less power, and a card at its power limit then computes faster.
+    """
 
     num_shards = 1
 
-    def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype) -> None:
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, device: str, dtype: torch.dtype, *, dummy: bool = False
+    ) -> None:
+        self.config, self._dummy = config, dummy
         self._device, self._dtype = device, dtype
         model = build_model(config, 16, dtype, torch.device("cpu"))
         shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
@@ -37,7 +43,9 @@ class RandomCheckpoint:
         device = torch.empty(0, device=self._device).device  # the one that is current here
         source = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         values = torch.randn(shape, device=device, dtype=self._dtype, generator=source)
-        if len(shape) == 1:
+        if self._dummy:
+            values.uniform_(-1e-3, 1e-3, generator=source)
+        elif len(shape) == 1:
             values.mul_(0.05).add_(1)
         else:
             values.mul_(shape[-1] ** -0.5)

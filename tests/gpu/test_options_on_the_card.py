@@ -161,8 +161,8 @@ def shaped_logits(
 
 
 def assert_logprobs_close(actual: Sequence[Served], expected: Sequence[Served]) -> None:
-    """As far as both have the same ids before: values within 1e-2 and what half precision takes of
-    large ones, ranks mostly the same.
+    """As far as both have the same ids before: values within what half precision leaves of logits
+    up to 32 (a spacing of 1/64, and as much before it), ranks mostly the same.
     """
     num_ranks = num_same = 0
     for ours, theirs in zip(actual, expected, strict=True):
@@ -182,7 +182,7 @@ def assert_logprobs_close(actual: Sequence[Served], expected: Sequence[Served]) 
             for each in (a.logprob, *a.top):
                 if each.token_id in values:
                     wanted = values[each.token_id]
-                    assert each.logprob == pytest.approx(wanted, rel=5e-3, abs=1e-2)
+                    assert each.logprob == pytest.approx(wanted, rel=5e-3, abs=3e-2)
             num_ranks += 1
             num_same += a.logprob.rank == b.logprob.rank
     assert num_ranks > 0

@@ -59,7 +59,8 @@ class BlockTables:
 
     def num_missing(self, request: Request, num_tokens: int) -> int:
         """Blocks that the request lacks for `num_tokens` tokens."""
-        return max(0, self.num_blocks(num_tokens) - len(request.block_ids))
+        num_missing = -(-num_tokens // self._block_size) - len(request.block_ids)
+        return max(num_missing, 0)
 
     def grow(self, request: Request, num_tokens: int) -> None:
         """Give the blocks that are missing."""

@@ -28,7 +28,7 @@ from nanoinfer_engine.device_shaping import ShapingSlots
 from nanoinfer_engine.device_timing import DeviceClock, StepEvents
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
-from nanoinfer_engine.linears import FEW_ROWS
+from nanoinfer_engine.linears import REFINED_ROWS
 from nanoinfer_engine.models.fused import FusedDecoder, Hidden, StepTokens
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.tuning import time_graph
@@ -111,6 +111,7 @@ class DeviceSteps:
 
         `num_blocks` are all that there are.
         """
+        self._rank = rank
         self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
@@ -126,7 +127,7 @@ class DeviceSteps:
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
         self.timings = self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
-        if self._pdl_rows:
+        if self._rank.size == 1:  # several would have to measure the same steps
             self._refine()
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
         self._buffers.rewind()
@@ -138,8 +139,8 @@ class DeviceSteps:
         """Choose again among the best within whole steps: kernels overlap their neighbours."""
         width = min(-(-_REFINED_CONTEXT // self._block_size), self._num_blocks)
         context = min(_REFINED_CONTEXT, width * self._block_size)
-        for rows in FEW_ROWS:
-            if rows <= min(self._max_rows, self._pdl_rows):
+        for rows in REFINED_ROWS:
+            if rows <= self._max_rows:
                 made_up = [
                     BatchRow(
                         (0,),

@@ -28,8 +28,11 @@ Choice = GemvShape | TileShape | Algorithm | None
 FEW_ROWS = (16, 32, 64)
 """Batch sizes up to which a kernel of our own is tried; beyond the last, cuBLAS multiplies."""
 
-_DECODE_STEP = 16
-_PROMPT_ROWS = tuple(256 << power for power in range(1, 9))
+REFINED_ROWS = (*FEW_ROWS, 128, 256)
+"""Batch sizes at which the choice is made again within whole steps."""
+
+_DECODE_STEP = 32
+_PROMPT_ROWS = (512, 2048, 8192, 32768, 131072)
 
 _TUNED_BYTES = 256 << 20
 _CLOSE, _BETTER = 1.15, 0.997
@@ -200,7 +203,7 @@ class LinearTable:
 
 
 def tuned_sizes(max_rows: int, max_tokens: int) -> list[int]:
-    """Numbers of rows at which products are measured: decode steps densely, prompts by doubling."""
+    """Numbers of rows at which products are measured: densely up to a decode step's most."""
     decode = range(FEW_ROWS[-1] + _DECODE_STEP, max_rows + _DECODE_STEP, _DECODE_STEP)
     prompts = [rows for rows in _PROMPT_ROWS if max_rows < rows < max_tokens]
     return sorted({1, *FEW_ROWS, *decode, *prompts, max(max_tokens, max_rows)})
@@ -209,7 +212,8 @@ def tuned_sizes(max_rows: int, max_tokens: int) -> list[int]:
 def _candidates(rows: int, linear: Linear) -> list[Choice]:
     columns = linear.weight.shape[1]
     if rows == 1:
-        return [shape for shape in _GEMV_SHAPES if shape.block_k < 2 * columns]
+        # None for columns too few for any of them
+        return [shape for shape in _GEMV_SHAPES if shape.block_k < 2 * columns] or [None]
     candidates: list[Choice] = [None]
     if rows <= FEW_ROWS[-1]:
         shapes = _TILE_SHAPES if linear.scale is None else (*_TILE_SHAPES, *_WIDE_TILE_SHAPES)

@@ -212,11 +212,10 @@ class Scheduler:
         return len(self._running) == num_running
 
     def _reserve(self, request: Request, plan: Plan) -> bool:
-        """Give blocks for every known token, preempting the last in order while none are free.
-
-        Returns False if the request itself was the last and had to go.
-        """
+        """Give blocks for every known token, or preempt the last in order; False if that is it."""
         num_tokens = request.num_tokens + request.num_unread_tokens
+        if not self._tables.num_missing(request, num_tokens):
+            return True
         while self._tables.num_missing(request, num_tokens) > self._tables.num_free:
             victim = max(self._running, key=order)
             plan.revoke(victim)
