@@ -16,9 +16,10 @@ from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.kv_cache import KVCache
 from nanoinfer_engine.models import checkpoint_layout
 from nanoinfer_engine.parallel import take_share
+from nanoinfer_engine.progress import report_nothing
 from nanoinfer_engine.ranks import ParallelRunner
 from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.runner import ModelRunner, report_nothing
+from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.weights import load_weights
 
 from tests.engine.rank_processes import run_ranks
@@ -158,7 +159,9 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
     checkpoint = open_checkpoint(path)
     share = take_share(checkpoint, rank, 64, dtype, device)
     layout = checkpoint_layout(checkpoint.config)
-    load_weights(share.model, checkpoint, layout, device, report_nothing, share.placements)
+    load_weights(
+        share.model, checkpoint, layout, device, report_nothing, placements=share.placements
+    )
     for each in share.model.parameters():
         each.data = each.data.contiguous()  # as on a GPU; `weights` lays it out for MKL
     sizes = share.config
@@ -168,7 +171,7 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
     vocab_size = checkpoint.config.vocab_size
     decoder = FusedDecoder(share.model, sizes, backend, rank, vocab_size)  # type: ignore[arg-type]
     if use_gemv:
-        decoder.table._choices = {(name, 1): GemvShape(2, 64, 1) for name in PRODUCTS}
+        decoder.table._choices = {name: {1: GemvShape(2, 64, 1)} for name in PRODUCTS}
     source, answers = random.Random(2), []
     sampled = torch.tensor([source.randrange(vocab_size)], dtype=torch.int32)
     with torch.inference_mode():
