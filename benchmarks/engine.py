@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -224,7 +224,10 @@ def commit() -> str:
 
 
 def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """One line of results."""
+    """One line of results; `name` may end in @ and the most tokens of a step beside decodes."""
+    name, _, most = name.partition("@")
+    mixed = int(most) if most else arguments.max_mixed_tokens
+    bench.config = replace(bench.config, max_mixed_tokens=mixed)
     if not arguments.cold:
         bench.scenario(name)  # shapes that only this scenario has are planned here
     runs = [bench.scenario(name) for _ in range(arguments.repeats)]

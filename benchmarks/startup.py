@@ -125,6 +125,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shape", choices=("0.6b", "8b", "tiny"), default="0.6b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--directory", type=Path, help="where there is room for the checkpoint")
+    parser.add_argument("--kernels", type=Path, help="compiled before: only the warm start")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -133,8 +134,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         write_checkpoint(arguments.shape, Path(name), arguments.device)
-        for kernels in ("cold", "warm"):
-            seconds = start(Path(name), arguments.device, Path(name) / "kernels")
+        compiled = arguments.kernels or Path(name) / "kernels"
+        for kernels in ("cold", "warm") if arguments.kernels is None else ("warm",):
+            seconds = start(Path(name), arguments.device, compiled)
             facts = {"shape": arguments.shape, "device": arguments.device, "kernels": kernels}
             facts |= {key: round(value, 2) for key, value in seconds.items()}
             line = json.dumps({**facts, "date": datetime.date.today().isoformat()})
