@@ -15,9 +15,10 @@ from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.models import build_model, checkpoint_layout
 from nanoinfer_engine.parallel import local_config, take_share
+from nanoinfer_engine.progress import report_nothing
 from nanoinfer_engine.ranks import ParallelRunner
 from nanoinfer_engine.request import SampledToken, SamplingOptions
-from nanoinfer_engine.runner import ModelRunner, report_nothing
+from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.weights import load_weights
 
 from tests.engine.compute.driver import GREEDY, generate

@@ -53,8 +53,7 @@ def _gemv_kernel(
     x, weight, scales, bias, gain, output, N, K, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

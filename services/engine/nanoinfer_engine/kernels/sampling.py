@@ -119,30 +119,11 @@ def _slices_kernel(
 
 @triton.jit
 def _choose_kernel(
-    logits,
-    shaped_logits,
-    counts,
-    top_k,
-    slots,
-    temperature,
-    top_p,
-    min_p,
-    uniform,
-    best,
-    best_ids,
-    weights,
-    sampled,
-    history,
-    turn,
-    current,
-    history_stride,
-    VOCAB: tl.constexpr,
-    SLICES: tl.constexpr,
-    SLICES_PAD: tl.constexpr,
-    SLICE: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits, shaped_logits, counts, top_k, slots, temperature, top_p, min_p, uniform, best, best_ids,
+    weights, sampled, history, turn, current, history_stride,
+    VOCAB: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, SLICE: tl.constexpr,
+    ENTRIES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
