@@ -106,7 +106,6 @@ class DecodeBuffers:
 
     def unpack(self, num_rows: int) -> None:
         """Launch the step's first kernel; what `choose` does with `history` is its last."""
-        self._is_taken = True
         unpack(
             self._ring,
             self.history.turn,

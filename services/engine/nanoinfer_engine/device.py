@@ -53,7 +53,7 @@ def open_device(
         cache.block_size,
         config.max_batch_requests,
         config.max_batch_tokens,
-        -(-max_model_len // cache.block_size),
+        max_model_len,
         cache.num_blocks,
         cache.device,
         rank,

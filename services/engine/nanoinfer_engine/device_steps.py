@@ -33,7 +33,7 @@ from nanoinfer_engine.models.fused import FusedDecoder, Hidden, StepTokens
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.tuning import time_graph
 
-_GRAPH_MEMORY = 4 << 30
+_GRAPH_MEMORY = 2 << 30  # within what `device` reserves
 # beyond these rows the launches are long enough to hide one another; with several ranks none starts
 # early, because NCCL's kernels stand between ours
 _PDL_ROWS = 64
@@ -102,31 +102,32 @@ class DeviceSteps:
         block_size: int,
         max_rows: int,
         max_tokens: int,
-        max_blocks: int,
+        max_model_len: int,
         num_blocks: int,
         device: torch.device,
         rank: Rank = ALONE,
     ) -> None:
-        """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_blocks` blocks.
+        """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_model_len` tokens.
 
         `num_blocks` are all that there are.
         """
         self._rank = rank
         self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
         self._decoder, self._block_size, self._device = decoder, block_size, device
-        self._buffers = DecodeBuffers(max_rows, max_blocks, device)
+        self._buffers = DecodeBuffers(max_rows, -(-max_model_len // block_size), device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
         self._slots = ShapingSlots(self._workspace.counts, self._workspace.bias)
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._places: dict[int, int] = {}  # of the last step's rows in `_sampled`
-        self._max_rows, self._max_tokens, self._num_blocks = max_rows, max_tokens, num_blocks
+        self._max_rows, self._max_tokens = max_rows, max_tokens
+        self._max_model_len, self._num_blocks = max_model_len, num_blocks
         self.graphs = DecodeGraphs(_GRAPH_MEMORY, rank.least)
-        self.timings: dict[str, float] = {}
         self._clock = DeviceClock()
 
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
-        self.timings = self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
+        self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
+        torch.cuda.empty_cache()  # of prompts as long as any
         if self._rank.size == 1:  # several would have to measure the same steps
             self._refine()
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
@@ -137,8 +138,8 @@ class DeviceSteps:
 
     def _refine(self) -> None:
         """Choose again among the best within whole steps: kernels overlap their neighbours."""
-        width = min(-(-_REFINED_CONTEXT // self._block_size), self._num_blocks)
-        context = min(_REFINED_CONTEXT, width * self._block_size)
+        context = min(_REFINED_CONTEXT, self._max_model_len, self._num_blocks * self._block_size)
+        width = -(-context // self._block_size)
         for rows in REFINED_ROWS:
             if rows <= self._max_rows:
                 made_up = [
@@ -154,6 +155,7 @@ class DeviceSteps:
                 self._buffers.fill_all(made_up)
                 step = partial(self.run_decode, rows)
                 self._decoder.table.refine(rows, partial(time_graph, step))
+        torch.cuda.empty_cache()
 
     def launch(self, batch: Batch) -> DeviceStep:
         """Run `batch`, whose rows may continue from ids of the batch launched before it."""

@@ -152,33 +152,37 @@ class LinearTable:
     _choices: dict[str, dict[int, Choice]] = field(default_factory=dict)
     _runners_up: dict[tuple[str, int], list[Choice]] = field(default_factory=dict)
 
-    def tune(
-        self, name: str, linears: Sequence[Linear], sizes: Sequence[int], pdl: bool
-    ) -> dict[str, float]:
-        """Measure product `name` on the weights of several layers; returns µs by candidate.
+    def tune(self, name: str, linears: Sequence[Linear], sizes: Sequence[int], pdl: bool) -> None:
+        """Choose by measuring product `name` on the weights of several layers.
 
         `sizes` are numbers of rows, ascending.
         """
         count = max(1, min(len(linears), _TUNED_BYTES // linears[0].weight.nbytes + 1))
         sample = list(linears[:count])
-        report: dict[str, float] = {}
         chosen = self._choices.setdefault(name, {})
         for rows in sizes:
+            candidates = _candidates(rows, sample[0])
+            if len(candidates) == 1:
+                chosen[rows] = candidates[0]
+                continue
             timings: dict[Choice, float] = {}
-            for choice in _candidates(rows, sample[0]):
+            for choice in candidates:
                 try:
                     timings[choice] = _time(sample, rows, choice, pdl, self.dtype)
                 except Exception as error:  # a shape this device cannot hold is no candidate
                     _LOG.debug("%s × %d: %s: %s", name, rows, choice, error)
             ranked = sorted(timings, key=lambda each: timings[each])
+            if not ranked:
+                _LOG.warning("%s × %d: nothing could be measured", name, rows)
+                chosen[rows] = None
+                continue
             chosen[rows] = ranked[0]
+            _LOG.debug("%s × %d: %s", name, rows, timings)
             bound = _CLOSE * timings[ranked[0]]
             close = [choice for choice in ranked[1:] if timings[choice] < bound]
             # the next one, and the next of another kind
             others = [choice for choice in close[1:] if type(choice) is not type(ranked[0])]
             self._runners_up[name, rows] = [*close[:1], *others[:1]]
-            report |= {f"{name} x{rows} {choice}": us for choice, us in timings.items()}
-        return report
 
     def refine(self, rows: int, measure: Callable[[], float]) -> None:
         """Try the close candidates of each product in a whole step of `rows` rows, and keep them

@@ -49,10 +49,6 @@ class AttentionBackend(Protocol[PlanT]):
         `key` and `value` are [tokens, kv heads, head dim]. Softmax scale is 1/sqrt(head dim).
         """
 
-    @property
-    def supports_graphs(self) -> bool:
-        """Whether `forward` may be captured in a CUDA graph."""
-
 
 def make_backend(
     name: str, cache: KVCache, sliding_windows: Sequence[int | None]

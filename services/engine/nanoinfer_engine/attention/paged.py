@@ -83,19 +83,21 @@ class PagedAttention:
         self._workspace = workspace
         self._shapes: dict[int, AttentionShape] = {}
 
-    def tune(self, heads: Heads, transform: HeadTransform, pdl_rows: int) -> dict[str, float]:
-        """Choose a shape per number of rows; returns µs by candidate.
+    def tune(self, heads: Heads, transform: HeadTransform, pdl_rows: int) -> None:
+        """Choose a shape per number of rows.
 
         `heads` hold as many rows as a step may have. Writes into blocks that nobody may own yet.
         """
-        report: dict[str, float] = {}
         chosen: dict[int, AttentionShape] = {}
         most = len(heads[0])
         blocks = -(-_TUNED_CONTEXT // self._cache.block_size)
         tables = torch.arange(most * blocks, device=heads[0].device, dtype=torch.int32)
         tables = (tables % self._cache.num_blocks).view(most, blocks)
         contexts = torch.full((most,), _TUNED_CONTEXT, device=tables.device, dtype=torch.int32)
-        contexts.clamp_(max=self._cache.num_blocks * self._cache.block_size)
+        most_tokens = self._cache.num_blocks * self._cache.block_size
+        if transform.rotary is not None:
+            most_tokens = min(most_tokens, len(transform.rotary))
+        contexts.clamp_(max=most_tokens)
         for rows in sorted({min(size, most) for size in (1, 8, 32, 64, 128, 256, most)}):
             plan = PagedPlan(rows, tables[:rows], contexts[:rows], None)
             part = (heads[0][:rows], heads[1][:rows], heads[2][:rows])
@@ -103,10 +105,8 @@ class PagedAttention:
             for shape in _SHAPES_OF_FEW if rows <= _FEW_ROWS else _SHAPES_OF_MANY:
                 self._shapes = {rows: shape}
                 timings[shape] = self._time(part, transform, plan, pdl=rows <= pdl_rows)
-            report |= {f"attention x{rows} {shape}": us for shape, us in timings.items()}
             chosen[rows] = min(timings, key=lambda each: timings[each])
         self._shapes = chosen
-        return report
 
     def _time(self, heads: Heads, transform: HeadTransform, plan: PagedPlan, *, pdl: bool) -> float:
         output = torch.empty(heads[0].shape, dtype=heads[0].dtype, device=heads[0].device)
@@ -122,11 +122,6 @@ class PagedAttention:
         """The shape of the next tuned size."""
         sizes = [size for size in self._shapes if size >= num_rows]
         return self._shapes[min(sizes)] if sizes else FALLBACK
-
-    @property
-    def supports_graphs(self) -> bool:
-        """Yes, for steps of decode rows alone."""
-        return True
 
     def attend(
         self,

@@ -64,11 +64,6 @@ class ReferenceAttention:
         self._cache = cache
         self._windows = tuple(sliding_windows)
 
-    @property
-    def supports_graphs(self) -> bool:
-        """No: shapes follow the step's contexts."""
-        return False
-
     def plan(self, metadata: AttentionMetadata) -> ReferencePlan:
         """Group the rows and build gather indices and masks, once per distinct window."""
         rows = _Rows(metadata, self._cache)

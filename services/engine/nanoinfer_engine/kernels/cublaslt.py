@@ -8,6 +8,7 @@ rows may be used for others; where it does not fit, the product is cuBLAS's own.
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
@@ -149,12 +150,14 @@ class _Library:
 
 
 def _load() -> ctypes.CDLL:
-    for name in _NAMES:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise OSError(f"none of {', '.join(_NAMES)} is loaded")
+    # first the one that is loaded: another version may be installed beside it
+    for mode in (os.RTLD_NOLOAD | os.RTLD_LAZY, ctypes.DEFAULT_MODE):
+        for name in _NAMES:
+            try:
+                return ctypes.CDLL(name, mode=mode)
+            except OSError:
+                continue
+    raise OSError(f"none of {', '.join(_NAMES)} is here")
 
 
 @cache

@@ -88,11 +88,8 @@ class FusedDecoder:
         layers = (cast(Layer, layer) for layer in model.layers)
         self._layers = [fused_layer(layer, model, config, rank) for layer in layers]
 
-    def tune(self, max_rows: int, max_tokens: int, pdl_rows: int) -> dict[str, float]:
-        """Choose kernels per batch size up to `max_rows` rows, or tokens of prompts.
-
-        Returns µs by candidate.
-        """
+    def tune(self, max_rows: int, max_tokens: int, pdl_rows: int) -> None:
+        """Choose kernels per batch size up to `max_rows` rows, or `max_tokens` of prompts."""
         heads = self._heads(
             torch.randn(
                 (max_rows, self._layers[0].products["qkv"].num_outputs),
@@ -100,14 +97,14 @@ class FusedDecoder:
                 device=self._embedding.device,
             )
         )
-        report = self._backend.tune(heads, self._layers[0].transform, pdl_rows)
+        self._backend.tune(heads, self._layers[0].transform, pdl_rows)
         pdl = pdl_rows >= FEW_ROWS[-1]
         sizes = tuned_sizes(max_rows, max_tokens)
         for name in PRODUCTS[:-1]:
             linears = [layer.products[name] for layer in self._layers]
-            report |= self.table.tune(name, linears, sizes, pdl)
+            self.table.tune(name, linears, sizes, pdl)
         rows = [size for size in sizes if size <= max(max_rows, FEW_ROWS[-1])]
-        return report | self.table.tune("head", [self._head], rows, pdl)
+        self.table.tune("head", [self._head], rows, pdl)
 
     def forward(self, tokens: StepTokens, plan: PagedPlan, *, pdl: bool = False) -> Hidden:
         """All layers of a step; what they leave is not added up and not normalised yet."""
@@ -224,7 +221,7 @@ class FusedDecoder:
 
     def _product(self, name: str, layer: FusedLayer, x: Tensor, pdl: bool) -> Tensor:
         choice = self.table.choice(name, len(x))
-        if isinstance(choice, GemvShape):  # one row of a rank of several
+        if isinstance(choice, GemvShape):  # one row, where not all products have a GEMV
             return self._gemv(name, layer, x, pdl)
         return apply_linear(x, layer.products[name], choice, pdl)[0]
 
@@ -233,7 +230,9 @@ class FusedDecoder:
     ) -> Tensor | None:
         """Parts that the residual still lacks; None where the product is in it."""
         if self._rank.size > 1:
-            return self._rank.add_up(self._product(name, layer, x, pdl).unsqueeze(0))
+            # whatever kernel a rank has chosen, all add up the same format
+            product = self._product(name, layer, x, pdl).to(residual.dtype)
+            return self._rank.add_up(product.unsqueeze(0))
         choice = self.table.choice(name, len(x))
         return join_linear(x, layer.products[name], choice, residual, pdl)
 
@@ -242,10 +241,17 @@ class FusedDecoder:
     ) -> Tensor:
         if layer.products[name].gain is None:
             x = add_norm(x, None, gain, self._config.norm_eps, torch.empty_like(x), pdl=pdl)
-        return self._gemv(name, layer, x, pdl)
+        return self._gemv(name, layer, x, pdl, gain=layer.products[name].gain)
 
     def _gemv(
-        self, name: str, layer: FusedLayer, x: Tensor, pdl: bool, *, residual: Tensor | None = None
+        self,
+        name: str,
+        layer: FusedLayer,
+        x: Tensor,
+        pdl: bool,
+        *,
+        gain: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         linear, shape = layer.products[name], self.table.choice(name, 1)
         if not isinstance(shape, GemvShape):
@@ -258,7 +264,7 @@ class FusedDecoder:
             shape,
             scale=linear.scale,
             bias=linear.bias,
-            gain=linear.gain,
+            gain=gain,
             eps=self._config.norm_eps,
             gated=linear.gated,
             activation=linear.activation,
