@@ -127,7 +127,8 @@ def test_each_gpu_has_half_of_the_weights(measured: list[dict[str, object]]) -> 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[ParallelRunner]:
-    runner = ParallelRunner(replace(CONFIG, tensor_parallel=2, device_memory_share=0.3))
+    free = {"kv_cache_bytes": None, "device_memory_share": 0.3}
+    runner = ParallelRunner(replace(CONFIG, tensor_parallel=2, **free))  # type: ignore[arg-type]
     runner.warm_up()
     yield runner
     runner.close()
