@@ -232,7 +232,8 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
         bench.scenario(name)  # shapes that only this scenario has are planned here
     runs = [bench.scenario(name) for _ in range(arguments.repeats)]
     batch, tok_s, details = sorted(runs, key=lambda run: run[1])[len(runs) // 2]
-    limit = LIMITS[arguments.shape].get(name)
+    device = torch.cuda.get_device_name()
+    limit = LIMITS[arguments.shape].get(name) if "H200" in device else None
     if limit is not None:
         limit *= arguments.tensor_parallel
     return {
@@ -251,7 +252,7 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
         **{key: round(value, 4) for key, value in details.items()},
         "commit": arguments.commit or commit(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(),
+        "device": device,
         "date": datetime.date.today().isoformat(),
     }
 

@@ -25,6 +25,7 @@ class RandomCheckpoint:
         self, config: ModelConfig, device: str, dtype: torch.dtype, *, dummy: bool = False
     ) -> None:
         self.config, self._dummy = config, dummy
+        self._last = "", torch.empty(0)
         self._device, self._dtype = device, dtype
         model = build_model(config, 16, dtype, torch.device("cpu"))
         shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
@@ -39,6 +40,12 @@ class RandomCheckpoint:
         return 0
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
+        if name != self._last[0]:
+            self._last = name, self._draw(name)
+        values = self._last[1]
+        return values if part is None else values[part.region]
+
+    def _draw(self, name: str) -> Tensor:
         shape = self.shapes[name]
         device = torch.empty(0, device=self._device).device  # the one that is current here
         source = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
@@ -49,7 +56,7 @@ class RandomCheckpoint:
             values.mul_(0.05).add_(1)
         else:
             values.mul_(shape[-1] ** -0.5)
-        return values if part is None else values[part.region]
+        return values
 
 
 def _decoder(model_type: str, **sizes: int | bool | float) -> ModelConfig:

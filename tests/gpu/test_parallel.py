@@ -76,7 +76,6 @@ def measure(config: EngineConfig, rank: Rank) -> dict[str, object]:
         "with log-probabilities": generate(
             runner, texts[:3], 10, replace(SAMPLED, num_logprobs=1, frequency_penalty=0.2)
         ),
-        "bytes": torch.cuda.max_memory_allocated(),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,14 +125,6 @@ def test_graphs_equal_eager_at_the_same_padded_size(quantized: ModelRunner, coun
     finally:
         steps.graphs.replay = replay
     assert with_graphs == eager
-
-
-def test_rows_that_need_the_host_find_the_same_cache(quantized: ModelRunner) -> None:
-    """The plain path reads what kernels wrote: log-probabilities beside plain rows."""
-    (text,) = prompts(1, 30)
-    plain_tokens = generate(quantized, [text], 6)
-    options = replace(GREEDY, num_logprobs=1)
-    assert len(generate(quantized, [text], 6, options)[0]) == len(plain_tokens[0])
 
 
 def test_an_fp8_cache_holds_twice_the_tokens(plain: ModelRunner) -> None:

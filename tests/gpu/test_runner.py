@@ -74,7 +74,8 @@ def generate(
         if step is not None:
             for output in scheduler.update(step.batch, step.results):
                 assert output.error is None, output.error
-    assert scheduler.load.kv_usage == 0 or hasattr(scheduler, "prefix_cache")
+    assert scheduler.load.kv_usage == 0
+    assert kv_tokens is None or scheduler.num_preemptions > 0
     return [list(request.completion_token_ids) for request in requests]
 
 
@@ -215,6 +216,14 @@ def test_chunked_prefill_beside_decoding(card: ModelRunner) -> None:
     texts = prompts(12, 5, longest=700)
     whole = generate(card, texts, 24, max_batch_tokens=8192)
     assert_same(generate(card, texts, 24, max_batch_tokens=64), whole, texts)
+
+
+def test_prompts_that_begin_alike_share_blocks_within_a_step_and_after(card: ModelRunner) -> None:
+    (common,) = prompts(1, 15)
+    texts = [common + tail for tail in prompts(6, 16, longest=40)]
+    apart = generate(card, texts, 20, prefix_caching=False)
+    assert_same(generate(card, texts, 20), apart, texts)
+    assert_same(generate(card, texts, 20, max_batch_requests=2), apart, texts)
 
 
 def test_preemption_under_load(card: ModelRunner) -> None:

@@ -180,7 +180,7 @@ def _run_rank(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="nanoinfer-parent", daemon=True).start()
-    code = 0
+    code, runner = 0, None
     try:
         config = join(config, rank, find_meeting_place(port, rank.size))
         runner = ModelRunner(config, report_nothing, checkpoint, rank)
@@ -192,11 +192,11 @@ def _run_rank(
                 runner.warm_up()
     except EOFError:
         pass
-    except REFUSALS as error:
-        code = _report(pipe, error)
     except Exception as error:
-        failure = RankError(f"rank {rank.index}: {type(error).__name__}: {error}")
-        failure.add_note(traceback.format_exc())
+        failure: Exception = error
+        if runner is not None or not isinstance(error, REFUSALS):  # it was not refused, it failed
+            failure = RankError(f"rank {rank.index}: {type(error).__name__}: {error}")
+            failure.add_note(traceback.format_exc())
         code = _report(pipe, failure)
     os._exit(code)  # NCCL's threads and a device that hangs could hold the exit up
 

@@ -35,8 +35,7 @@ class Pipeline:
         self._clock = clock
         self._in_flight: _Launched | None = None
         self._last_ended = 0
-        self._device_free = 0  # as far as the host knows
-        self._has_device_times = False  # of the last step
+        self._device_free = 0  # where the host itself computes
         self.resume()
 
     @property
@@ -81,17 +80,13 @@ class Pipeline:
         host += max((now - reading) * _SECONDS - timing.waited, 0.0)
         if own is not None:
             host += (launched.over - launched.began) * _SECONDS
-        self._has_device_times = own is not None
-        self._device_free = launched.over if own is None else now
+        self._device_free = launched.over
         started, self._last_ended = max(launched.began, self._last_ended), now
         return EndedStep(launched.batch, results, started, now, timing, host)
 
     def _timing(self, launched: _Launched, own: StepTiming | None) -> StepTiming:
-        """What the step says itself; what it cannot know from the host's clock."""
-        if own is not None and self._has_device_times and launched.follows:
-            return own
-        gap = max(launched.began - self._device_free, 0) * _SECONDS
-        idle = gap if launched.follows else 0.0
-        if own is not None:
-            return replace(own, idle=idle)
-        return StepTiming("eager", (launched.over - launched.began) * _SECONDS, idle)
+        """What the step says itself, or the host's clock; without work nobody is idle."""
+        if own is None:
+            idle = max(launched.began - self._device_free, 0) * _SECONDS
+            own = StepTiming("eager", (launched.over - launched.began) * _SECONDS, idle)
+        return own if launched.follows else replace(own, idle=0.0)

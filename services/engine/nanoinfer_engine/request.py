@@ -109,7 +109,8 @@ class TokenCounts:
 
     `token_ids` are in the order of their first occurrence; `counts` says how often each occurred in
     the completion, 0 for an id of the prompt alone. Both are int64 and no longer than the
-    vocabulary, however long the request. `num_counted` completion tokens have come.
+    vocabulary, however long the request. `num_counted` completion tokens have come. A copy in
+    another process can be read, not added to.
     """
 
     def __init__(self, prompt_token_ids: Iterable[int]) -> None:
@@ -118,6 +119,10 @@ class TokenCounts:
         self.counts = array("q", bytes(self.token_ids.itemsize * len(self.token_ids)))
         self.num_counted = 0
         self._positions = {token_id: i for i, token_id in enumerate(self.token_ids)}
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but what `add` needs."""
+        return {name: value for name, value in vars(self).items() if name != "_positions"}
 
     def add(self, token_id: int) -> None:
         """Count one more completion token."""
@@ -238,11 +243,6 @@ class Request:
     def num_pending_tokens(self) -> int:
         """Tokens that are sampled, known or not, and granted to no step yet; 1 while decoding."""
         return self.num_tokens + self.num_unread_tokens - self.num_granted_tokens
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether a token is to come after those that are still to be read, as far as is known."""
-        return not self.num_unread_tokens or self.wants_more
 
     @property
     def wants_more(self) -> bool:

@@ -174,10 +174,18 @@ class ModelRunner:
         return time.perf_counter() - began
 
     def _run_largest(self) -> None:
-        capacity = min(self.max_model_len, self.num_blocks * self.block_size)
-        length = min(capacity - 1, self._config.max_batch_tokens)
-        if length >= 1:
-            self.execute(Batch((self._made_up_row(0, length),)))
+        longest = min(self.max_model_len, self.num_blocks * self.block_size) - 1
+        rows: list[BatchRow] = []
+        num_tokens, first = self._config.max_batch_tokens, 0
+        while num_tokens and len(rows) < self._config.max_batch_requests:
+            length = min(longest, num_tokens)
+            num_blocks = -(-length // self.block_size)
+            if length < 1 or first + num_blocks > self.num_blocks:
+                break
+            rows.append(self._made_up_row(first, length))
+            num_tokens, first = num_tokens - length, first + num_blocks
+        if rows:
+            self.execute(Batch(tuple(rows)))
         decoding = min(self._config.max_batch_requests, self.num_blocks)
         self.execute(Batch(tuple(self._made_up_row(block, 1) for block in range(decoding))))
 
@@ -195,7 +203,10 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch raises either for what it lacks
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton, streams and events go to the one that is current
+    return device
 
 
 def _dtype(name: str) -> torch.dtype:

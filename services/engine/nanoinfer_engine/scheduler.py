@@ -202,8 +202,7 @@ class Scheduler:
         num_running = len(self._running)
         decoding = [r for r in self._running if r.num_pending_tokens == 1 and r.wants_more]
         for request in sorted(decoding, key=order):
-            is_next = request in self._running and request.can_go_on
-            if is_next and plan.budget and self._reserve(request, plan):
+            if request in self._running and plan.budget and self._reserve(request, plan):
                 plan.grant(request, 1)
         # Now that no grant is revoked any more, what they fill can be found.
         self._remember(plan, plan.grants)

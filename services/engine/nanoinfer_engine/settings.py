@@ -40,7 +40,7 @@ class EngineSettings(ServiceSettings):
         "auto", description="Number format of the KV cache; `fp8` holds twice the tokens."
     )
     tensor_parallel: int = Field(
-        1, ge=1, description="Devices that share the model, one process each."
+        1, ge=1, description="Devices that share the model; threads and memory are each one's."
     )
     threads: int | None = Field(None, ge=1, le=1024, description="Threads of a step on the CPU.")
     kv_cache_memory: ByteSize | None = Field(
@@ -49,7 +49,7 @@ class EngineSettings(ServiceSettings):
         description="Memory for the KV cache; 256MiB, or on CUDA what is left of the device's.",
     )
     device_memory_share: float = Field(
-        0.9, gt=0, le=1, description="Share of a CUDA device's memory to use in all."
+        0.9, gt=0, le=1, description="Share of a CUDA device to use, without kv_cache_memory."
     )
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per block of the KV cache.")
     max_model_len: int | None = Field(
@@ -101,6 +101,10 @@ class EngineSettings(ServiceSettings):
             raise ValueError("max_batch_requests is more than max_batch_tokens")
         if config.max_batch_requests > config.mixed_step_tokens:
             raise ValueError("max_batch_requests is more than max_mixed_tokens")
+        if (self.max_mixed_tokens or 0) > config.max_batch_tokens:
+            raise ValueError("max_mixed_tokens is more than max_batch_tokens")
+        if self.tensor_parallel > 1 and self.device not in ("cpu", "cuda"):
+            raise ValueError(f"tensor_parallel takes device cpu or cuda, not {self.device}")
         return self
 
     @property

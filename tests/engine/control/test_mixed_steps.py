@@ -72,8 +72,7 @@ def test_a_step_that_memory_made_smaller_keeps_to_both_bounds(
     assert prompt.completion_token_ids == expected_tokens(range(10, 50), 2)
 
 
-def test_a_stream_whose_id_is_still_to_be_read_counts() -> None:
-    """A row that the host samples sits every other step out; the step between shall be short."""
+def test_a_stream_with_an_id_still_to_be_read_counts() -> None:
     loop = Loop(max_mixed_tokens=6)
     loop.add(make_request(max_tokens=20, num_logprobs=1))
     for _ in range(2):

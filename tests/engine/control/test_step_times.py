@@ -122,21 +122,6 @@ def test_the_host_works_while_the_device_does_and_waiting_is_not_work() -> None:
     assert not pipeline.is_busy
 
 
-def test_a_step_on_the_host_between_two_on_the_device() -> None:
-    clock = FakeClock()
-    timings: list[StepTiming | None] = [graph(7, 0), None, graph(8, 60), graph(9, 0.5)]
-    pipeline = Pipeline(TimedRunner(clock, timings), clock)
-    pipeline.advance(BATCH)
-    advance(pipeline)
-    clock.advance(0.25)
-    on_host = advance(pipeline)
-    assert on_host.timing == StepTiming("eager", 1, 0)
-    # since the host's step was over: the results read, and what the thread did meanwhile
-    after = advance(pipeline)
-    assert after.timing == graph(8, 2.25)
-    assert advance(pipeline, None).timing.idle == 0.5
-
-
 def test_a_lost_step_leaves_the_times_of_the_next_right() -> None:
     clock = FakeClock()
     runner = SlowRunner(clock)

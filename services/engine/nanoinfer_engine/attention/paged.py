@@ -1,4 +1,4 @@
-"""The CUDA backend: decode rows by our paged kernel, prompts by FlashAttention or cuDNN.
+"""The CUDA backend: decode rows and prompts by our paged kernels, whole equal prompts by cuDNN.
 
 The rows with one token stand first (`device_inputs` orders them so). Nothing reads a slot that was
 not written, so blocks need no clearing.
