@@ -190,6 +190,7 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
     return answers
 
 
+@gpu
 @pytest.mark.parametrize(("kind", "use_gemv"), [("llama3", False), ("qwen3", True)])
 def test_the_fused_shares_give_the_whole(
     kind: str, use_gemv: bool, device: torch.device, tmp_path: Path
