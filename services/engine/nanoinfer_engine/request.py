@@ -218,9 +218,12 @@ class Request:
     events: list[tuple[str, int]] = field(default_factory=list)
     token_counts: TokenCounts | None = None
     prompt_logprobs: list[SampledToken] = field(default_factory=list)
+    # prompt and completion tokens known so far; kept, because a step asks for it several times
+    num_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin to count where penalties need it."""
+        """Begin to count, also single ids where penalties need it."""
+        self.num_tokens = len(self.prompt_token_ids) + len(self.completion_token_ids)
         if self.sampling.has_penalties:
             self.token_counts = TokenCounts(self.prompt_token_ids)
 
@@ -228,11 +231,6 @@ class Request:
     def scores_prompt(self) -> bool:
         """Whether every position of the prompt must be computed, none taken from a cache."""
         return self.sampling.num_prompt_logprobs is not None
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and completion tokens known so far."""
-        return len(self.prompt_token_ids) + len(self.completion_token_ids)
 
     @property
     def num_granted_tokens(self) -> int:
@@ -253,6 +251,7 @@ class Request:
     def append(self, token_id: int) -> None:
         """Add a completion token."""
         self.completion_token_ids.append(token_id)
+        self.num_tokens += 1
         if self.token_counts is not None:
             self.token_counts.add(token_id)
 

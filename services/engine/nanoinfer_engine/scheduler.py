@@ -265,7 +265,7 @@ class Scheduler:
         self._remember(plan, [request])
 
     def _remember(self, plan: Plan, requests: Iterable[Request]) -> None:
-        for request in requests:
+        for request in requests if self._config.prefix_caching else ():
             stop = request.num_granted_tokens + plan.grants[request]
             self._tables.remember(request, min(stop, request.num_tokens))
 
