@@ -76,6 +76,8 @@ def test_what_streams_leave_to_prompts_follows_the_device() -> None:
         ["--model", "a", "--max-batch-tokens", "8", "--max-batch-requests", "9"],
         ["--model", "a", "--max-mixed-tokens", "63"],
         ["--model", "a", "--max-mixed-tokens", "0"],
+        ["--model", "a", "--max-mixed-tokens", "513"],
+        ["--model", "a", "--tensor-parallel", "2", "--device", "cuda:1"],
         ["--model", "a", "--max-model-len", "1"],
         ["--model", "a", "--no-such-flag", "1"],
     ],
