@@ -34,7 +34,8 @@ class EngineSettings(ServiceSettings):
         "auto", description="Number format of the computation; float16 on CUDA, else float32."
     )
     quantization: Literal["none", "fp8"] = Field(
-        "none", description="8-bit weights and activations in the layers; `fp8` on Hopper and Ada."
+        "none",
+        description="8-bit weights and activations in the layers; `fp8` from Ada on, slow on CPUs.",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         "auto", description="Number format of the KV cache; `fp8` holds twice the tokens."
