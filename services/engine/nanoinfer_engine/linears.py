@@ -185,8 +185,10 @@ class LinearTable:
             self._runners_up[name, rows] = [*close[:1], *others[:1]]
 
     def refine(self, rows: int, measure: Callable[[], float]) -> None:
-        """Try the close candidates of each product in a whole step of `rows` rows, and keep them
-        where `measure` gives less: in a step kernels begin before their neighbours have ended.
+        """Keep close candidates where they make a whole step of `rows` rows shorter.
+
+        `measure` gives the step's time in microseconds. In a step kernels begin before their
+        neighbours have ended, so what one takes alone does not decide.
         """
         least = measure()
         for name, chosen in self._choices.items():
