@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from nanoinfer_engine.attention.paged import PagedAttention
-from nanoinfer_engine.collectives import ALONE, Rank
+from nanoinfer_engine.collectives import Rank
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.device_steps import DeviceSteps
 from nanoinfer_engine.kernels.decode import DecodeWorkspace
@@ -29,8 +29,8 @@ def open_device(
     model_config: ModelConfig,
     max_model_len: int,
     cache: KVCache,
-    rank: Rank = ALONE,
-    vocab_size: int | None = None,
+    rank: Rank,
+    vocab_size: int,
 ) -> DeviceSteps | None:
     """Fused steps of `model` over `cache`; None for what only the plain path computes.
 
@@ -46,7 +46,6 @@ def open_device(
         cache.device,
     )
     backend = PagedAttention(cache, model_config.sliding_windows, workspace)
-    vocab_size = vocab_size or model_config.vocab_size
     return DeviceSteps(
         FusedDecoder(model, model_config, backend, rank, vocab_size),
         vocab_size,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
-from nanoinfer_engine.collectives import ALONE, Rank
+from nanoinfer_engine.collectives import Rank
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
 from nanoinfer_engine.kernels.norms import add_norm, embed
@@ -68,15 +68,15 @@ class FusedDecoder:
         model: Decoder,
         config: ModelConfig,
         backend: PagedAttention,
-        rank: Rank = ALONE,
-        vocab_size: int | None = None,
+        rank: Rank,
+        vocab_size: int,
     ) -> None:
         """Share the weights of `model`, which must be on a CUDA device in half precision.
 
-        `config` is of the rank's share; `vocab_size` of the whole model, where that is another.
+        `config` is of the rank's share; `vocab_size` of the whole model.
         """
         self._rank = rank
-        self._vocab_size = vocab_size or config.vocab_size
+        self._vocab_size = vocab_size
         self._config = config
         self._backend = backend
         self._embedding = model.embedding.weight
