@@ -201,11 +201,12 @@ class DeviceSteps:
         begin = self._clock.begin
         inputs = mixed_inputs(rows, places, slots, self._block_size, self._device, begin)
         tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
-        hidden = self._decoder.forward(tokens, inputs.plan)
+        scores, wanted = any(row.scored_token_ids for row in rows), inputs.sampled_tokens
+        hidden = self._decoder.forward(tokens, inputs.plan, kept=None if scores else wanted)
         self._places = {row: place for place, row in enumerate(inputs.sampled_rows)}
         logits = None
         if self._places:
-            logits = self._decoder.logits(hidden.select(inputs.sampled_tokens))
+            logits = self._decoder.logits(hidden.select(wanted) if scores else hidden)
             choose(logits, inputs.sampling, self._workspace, self._sampled)
         prompts = measure_prompts(rows, inputs.order, partial(self._logits_of, hidden))
         return logits, prompts

@@ -148,15 +148,19 @@ class ModelRunner:
         if len(inputs.new_blocks):
             self._cache.clear(inputs.new_blocks)
         plan = self._backend.plan(inputs.attention)
-        hidden = self._model(inputs.token_ids, inputs.positions, self._backend, plan)
+        wanted, scores = inputs.sampled_tokens, any(row.scored_token_ids for row in batch.rows)
+        # where all tokens are wanted there is nothing to pick out
+        kept = None if scores or len(wanted) == len(inputs.token_ids) else wanted
+        hidden = self._model(inputs.token_ids, inputs.positions, self._backend, plan, kept)
         results: list[RowResult] = [None] * len(batch.rows)
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         if sampling:
-            logits = self._model.logits(hidden.index_select(0, inputs.sampled_tokens))
+            own = hidden if len(hidden) == len(wanted) else hidden.index_select(0, wanted)
+            logits = self._model.logits(own)
             sampled = sample(logits, [batch.rows[index] for index in sampling])
             for index, result in zip(sampling, sampled, strict=True):
                 results[index] = result
-        if any(row.scored_token_ids for row in batch.rows):
+        if scores:
             return score_prompts(batch.rows, hidden, results, self._model.logits)
         return results
 

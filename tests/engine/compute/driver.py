@@ -61,13 +61,20 @@ class AllLogits:
         self.backend = make_backend("reference", cache, config.sliding_windows)
         self.block_size, self.num_blocks = block_size, num_blocks
 
-    @torch.inference_mode()
     def step(self, rows: Sequence[BatchRow]) -> list[torch.Tensor]:
         """Logits [tokens, vocabulary] per row."""
+        return list(self.logits_of(rows).split([row.num_tokens for row in rows]))
+
+    @torch.inference_mode()
+    def logits_of(
+        self, rows: Sequence[BatchRow], kept: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """[tokens, vocabulary] of all rows' tokens end to end, or of the `kept` ones alone."""
         inputs = build_inputs(Batch(tuple(rows)), self.block_size, torch.device("cpu"))
         plan = self.backend.plan(inputs.attention)
-        hidden = self.model(inputs.token_ids, inputs.positions, self.backend, plan)
-        return list(self.model.logits(hidden).split([row.num_tokens for row in rows]))
+        wanted = None if kept is None else torch.tensor(kept, dtype=torch.int64)
+        hidden = self.model(inputs.token_ids, inputs.positions, self.backend, plan, wanted)
+        return self.model.logits(hidden)
 
 
 @dataclass

@@ -86,6 +86,28 @@ def test_chunked_and_mixed(kind: str, checkpoints: dict[str, Path]) -> None:
         assert_close(torch.cat(logits), reference_logits(kind, row))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [[], [41], [70, 3, 69, 41]])
+def test_the_last_layer_of_kept_tokens_alone(
+    kind: str, kept: list[int], checkpoints: dict[str, Path]
+) -> None:
+    """What is left out for the others is missed by nobody, in this step and in the next."""
+    model = AllLogits(checkpoints[kind])
+    texts = [prompt(42, 1), prompt(29, 2)]
+    blocks = [tuple(range(6)), tuple(range(9, 13))]
+    rows = [
+        BatchRow(tuple(text), 0, own, True, GREEDY) for text, own in zip(texts, blocks, strict=True)
+    ]
+    expected = torch.cat([reference_logits(kind, text) for text in texts])
+    logits = model.logits_of(rows, kept)
+    assert logits.shape == (len(kept), VOCAB_SIZE)
+    if kept:
+        assert_close(logits, expected[kept])
+    row = BatchRow((7,), 42, blocks[0], True, GREEDY)
+    (following,) = model.step([row])
+    assert_close(following, reference_logits(kind, [*texts[0], 7])[-1:])
+
+
 def assert_greedy(kind: str, job: Job) -> None:
     """Each token is transformers' best for its prefix, unless the best two are as good as tied."""
     logits = reference_logits(kind, job.tokens)

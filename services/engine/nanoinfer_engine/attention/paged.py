@@ -135,7 +135,7 @@ class PagedAttention:
     ) -> Tensor:
         """Transform heads, write K and V, attend; `heads` and `output` as in `decode_attention`.
 
-        Returns `output`.
+        Returns `output`, or what cuDNN has made where that is all.
         """
         count, window = plan.num_decode_rows, self._windows[layer]
         if count:
@@ -154,7 +154,12 @@ class PagedAttention:
             )
         if plan.prompts is not None:
             rest = (heads[0][count:], heads[1][count:], heads[2][count:])
-            self._prompts(layer, rest, transform, plan.prompts, output[count:])
+            rest_of_output = output[count:]
+            attended = self._prompts(layer, rest, transform, plan.prompts, rest_of_output)
+            if not count:
+                return attended
+            if attended is not rest_of_output:
+                rest_of_output.copy_(attended)
         return output
 
     def _prompts(
@@ -164,7 +169,8 @@ class PagedAttention:
         transform: HeadTransform,
         plan: PromptPlan,
         output: Tensor,
-    ) -> None:
+    ) -> Tensor:
+        """What `output` is for, there or in a tensor of its own."""
         window = self._windows[layer]
         whole = plan.equal_length is not None and window is None and _suits_cudnn(plan)
         cache = self._cache.layer(layer)
@@ -172,9 +178,8 @@ class PagedAttention:
             heads, cache, plan.slots, plan.positions, transform, output.dtype, copies=whole
         )
         if whole:
-            output.copy_(_cudnn(query, key, value, plan.equal_length or 0))
-            return
-        prompt_attention(
+            return _cudnn(query, key, value, plan.equal_length or 0)
+        return prompt_attention(
             query,
             cache,
             plan.tables,

@@ -139,9 +139,14 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, backend: AttentionBackend[PlanT], plan: PlanT
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        backend: AttentionBackend[PlanT],
+        plan: PlanT,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]."""
+        """[tokens, hidden] → [tokens, hidden], or of the `kept` tokens alone."""
         rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv(hidden).view(-1, rotated + self.num_kv_heads, self.head_dim)
         if self.query_norm is None or self.key_norm is None:
@@ -151,6 +156,8 @@ class Attention(nn.Module):
             query = rotate(self.query_norm(qkv[:, : self.num_heads]), rotary)
             key = rotate(self.key_norm(qkv[:, self.num_heads : rotated]), rotary)
         attended = backend.forward(self.layer, query, key, qkv[:, rotated:], plan)
+        if kept is not None:
+            attended = attended.index_select(0, kept)
         return self.output(attended.flatten(1))  # type: ignore[no-any-return]
 
 
@@ -183,10 +190,18 @@ class Layer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, backend: AttentionBackend[PlanT], plan: PlanT
+        self,
+        hidden: Tensor,
+        rotary: Rotary,
+        backend: AttentionBackend[PlanT],
+        plan: PlanT,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """[tokens, hidden] → the same tensor, added to in place."""
-        hidden += self.attention(self.attention_norm(hidden), rotary, backend, plan)
+        """[tokens, hidden] → the same tensor, added to; a new one where some are `kept`."""
+        attended = self.attention(self.attention_norm(hidden), rotary, backend, plan, kept)
+        if kept is not None:
+            hidden = hidden.index_select(0, kept)
+        hidden += attended
         hidden += self.mlp(self.mlp_norm(hidden))
         return hidden
 
@@ -205,13 +220,25 @@ class Decoder(nn.Module):
         self.rotary = rotary
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, backend: AttentionBackend[PlanT], plan: PlanT
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        backend: AttentionBackend[PlanT],
+        plan: PlanT,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """[tokens], [tokens] → normalised hidden states [tokens, hidden]."""
+        """[tokens], [tokens] → normalised hidden states [tokens, hidden].
+
+        With `kept` [any], indices into the tokens, of those alone and in that order: behind the
+        last layer's attention no token reads another, so the rest of that layer is left out for
+        tokens that nobody asks for.
+        """
         hidden: Tensor = self.embedding(token_ids)
         cos, sin = self.rotary.index_select(0, positions).unbind(1)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden = layer(hidden, (cos, sin), backend, plan)
+        hidden = last(hidden, (cos, sin), backend, plan, kept)
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:

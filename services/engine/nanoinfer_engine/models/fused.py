@@ -106,8 +106,13 @@ class FusedDecoder:
         rows = [size for size in sizes if size <= max(max_rows, FEW_ROWS[-1])]
         self.table.tune("head", [self._head], rows, pdl)
 
-    def forward(self, tokens: StepTokens, plan: PagedPlan, *, pdl: bool = False) -> Hidden:
-        """All layers of a step; what they leave is not added up and not normalised yet."""
+    def forward(
+        self, tokens: StepTokens, plan: PagedPlan, *, kept: Tensor | None = None, pdl: bool = False
+    ) -> Hidden:
+        """All layers of a step; what they leave is not added up and not normalised yet.
+
+        Of the `kept` tokens, in that order, where they are given: see `models.decoder`.
+        """
         count = len(tokens.token_ids)
         residual = self._empty(count, self._config.hidden_size)
         first = self._rank.index * len(self._embedding)
@@ -120,10 +125,14 @@ class FusedDecoder:
                 self._layer_of_one(index, layer, residual, plan, pdl)
             return Hidden(residual, None)
         delta: Tensor | None = None
-        in_8_bits = count > FEW_ROWS[-1] and self._layers[0].products["qkv"].scale is not None
-        run = self._layer_in_8_bits if in_8_bits else self._layer
         for index, layer in enumerate(self._layers):
-            delta = run(index, layer, residual, delta, plan, pdl)
+            attended = self._attention(index, layer, residual, delta, plan, pdl)
+            if kept is not None and index == len(self._layers) - 1:
+                if not len(kept):
+                    return Hidden(residual[:0], None)
+                attended = attended.index_select(0, kept)
+                residual = residual.index_select(0, kept)
+            delta = self._rest(layer, attended, residual, pdl)
         return Hidden(residual, delta)
 
     def logits(self, hidden: Hidden, *, pdl: bool = False) -> Tensor:
@@ -146,29 +155,7 @@ class FusedDecoder:
             return gemv(normed, self._head.weight, output, choice, pdl=pdl)
         return apply_linear(normed, self._head, choice, pdl)[0]
 
-    def _layer(
-        self,
-        index: int,
-        layer: FusedLayer,
-        residual: Tensor,
-        delta: Tensor | None,
-        plan: PagedPlan,
-        pdl: bool,
-    ) -> Tensor | None:
-        """Add `delta` and this layer's attention to the residual; returns the MLP's parts.
-
-        None where they are in the residual already.
-        """
-        eps, hidden = self._config.norm_eps, torch.empty_like(residual)
-        add_norm(residual, delta, layer.attention_gain, eps, hidden, pdl=pdl)
-        qkv = self._product("qkv", layer, hidden, pdl)
-        attended = self._attend(index, layer, qkv, plan, pdl)
-        parts = self._join("output", layer, attended, residual, pdl)
-        add_norm(residual, parts, layer.mlp_gain, eps, hidden, pdl=pdl)
-        inner = self._product("gate_up", layer, hidden, pdl)
-        return self._join("down", layer, inner, residual, pdl)
-
-    def _layer_in_8_bits(
+    def _attention(
         self,
         index: int,
         layer: FusedLayer,
@@ -177,15 +164,46 @@ class FusedDecoder:
         plan: PagedPlan,
         pdl: bool,
     ) -> Tensor:
-        """The same for many rows of quantised products: what makes an input quantises it."""
+        """Add `delta` to the residual and attend; [tokens, heads · dim], not projected yet."""
+        if self._in_8_bits(residual):
+            normed = self._quantized_norm(residual, delta, layer.attention_gain, pdl)
+            qkv = quantized_product(normed, layer.products["qkv"])
+        else:
+            eps, hidden = self._config.norm_eps, torch.empty_like(residual)
+            add_norm(residual, delta, layer.attention_gain, eps, hidden, pdl=pdl)
+            qkv = self._product("qkv", layer, hidden, pdl)
+        return self._attend(index, layer, qkv, plan, pdl)
+
+    def _rest(
+        self, layer: FusedLayer, attended: Tensor, residual: Tensor, pdl: bool
+    ) -> Tensor | None:
+        """Project what was attended, add it to the residual, run the MLP and return its parts.
+
+        None where they are in the residual already.
+        """
+        if self._in_8_bits(residual):
+            return self._rest_in_8_bits(layer, attended, residual, pdl)
+        parts = self._join("output", layer, attended, residual, pdl)
+        eps, hidden = self._config.norm_eps, torch.empty_like(residual)
+        add_norm(residual, parts, layer.mlp_gain, eps, hidden, pdl=pdl)
+        inner = self._product("gate_up", layer, hidden, pdl)
+        return self._join("down", layer, inner, residual, pdl)
+
+    def _rest_in_8_bits(
+        self, layer: FusedLayer, attended: Tensor, residual: Tensor, pdl: bool
+    ) -> Tensor:
+        """The same where what makes an input quantises it."""
         products = layer.products
-        normed = self._quantized_norm(residual, delta, layer.attention_gain, pdl)
-        attended = self._attend(index, layer, quantized_product(normed, products["qkv"]), plan, pdl)
         parts = quantized_product(quantize_rows(attended, pdl=pdl), products["output"]).unsqueeze(0)
         normed = self._quantized_norm(residual, self._rank.add_up(parts), layer.mlp_gain, pdl)
         gate_up = quantized_product(normed, products["gate_up"])
         inner = quantize_rows(gate_up, self._config.activation, pdl=pdl)
         return self._rank.add_up(quantized_product(inner, products["down"]).unsqueeze(0))
+
+    def _in_8_bits(self, rows: Tensor) -> bool:
+        """Whether products of 8-bit weights quantise their input: for many rows."""
+        quantized = self._layers[0].products["qkv"].scale is not None
+        return quantized and len(rows) > FEW_ROWS[-1]
 
     def _quantized_norm(
         self, residual: Tensor, delta: Tensor | None, gain: Tensor, pdl: bool
@@ -234,6 +252,9 @@ class FusedDecoder:
             product = self._product(name, layer, x, pdl).to(residual.dtype)
             return self._rank.add_up(product.unsqueeze(0))
         choice = self.table.choice(name, len(x))
+        if isinstance(choice, GemvShape):
+            self._gemv(name, layer, x, pdl, residual=residual)
+            return None
         return join_linear(x, layer.products[name], choice, residual, pdl)
 
     def _normed_gemv(

@@ -62,10 +62,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=config.qkv_bias)
         self.output = nn.Linear(hidden, hidden, bias=config.output_bias)
 
-    def forward(self, hidden: Tensor, backend: AttentionBackend[PlanT], plan: PlanT) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        backend: AttentionBackend[PlanT],
+        plan: PlanT,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """[tokens, hidden] → [tokens, hidden], or of the `kept` tokens alone."""
         qkv = self.qkv(hidden).view(-1, 3, self.num_heads, self.head_dim)
         attended = backend.forward(self.layer, qkv[:, 0], qkv[:, 1], qkv[:, 2], plan)
+        if kept is not None:
+            attended = attended.index_select(0, kept)
         return self.output(attended.flatten(1))  # type: ignore[no-any-return]
 
 
@@ -98,9 +106,18 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(size, eps, bias=bias)
         self.mlp = MLP(config)
 
-    def forward(self, hidden: Tensor, backend: AttentionBackend[PlanT], plan: PlanT) -> Tensor:
-        """[tokens, hidden] → the same tensor, added to in place."""
-        hidden += self.attention(self.attention_norm(hidden), backend, plan)
+    def forward(
+        self,
+        hidden: Tensor,
+        backend: AttentionBackend[PlanT],
+        plan: PlanT,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """[tokens, hidden] → the same tensor, added to; a new one where some are `kept`."""
+        attended = self.attention(self.attention_norm(hidden), backend, plan, kept)
+        if kept is not None:
+            hidden = hidden.index_select(0, kept)
+        hidden += attended
         hidden += self.mlp(self.mlp_norm(hidden))
         return hidden
 
@@ -119,12 +136,19 @@ class GPT2(nn.Module):
         self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, backend: AttentionBackend[PlanT], plan: PlanT
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        backend: AttentionBackend[PlanT],
+        plan: PlanT,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """[tokens], [tokens] → normalised hidden states [tokens, hidden]."""
+        """[tokens], [tokens] → normalised hidden states [tokens, hidden]; `kept`: see `Decoder`."""
         hidden: Tensor = self.embedding(token_ids) + self.position_embedding(positions)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden = layer(hidden, backend, plan)
+        hidden = last(hidden, backend, plan, kept)
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
