@@ -119,6 +119,14 @@ def start(directory: Path, device: str, kernels: Path) -> dict[str, float]:
     return {**json.loads(line), "total_s": total}
 
 
+def machine(device: str) -> dict[str, str]:
+    """What the figures are of."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return {"device": name, "torch": torch.__version__}
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure and print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -127,6 +135,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--directory", type=Path, help="where there is room for the checkpoint")
     parser.add_argument("--kernels", type=Path, help="compiled before: only the warm start")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="to be noted in the results")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.load:
@@ -137,7 +146,8 @@ def main(argv: Sequence[str]) -> int:
         compiled = arguments.kernels or Path(name) / "kernels"
         for kernels in ("cold", "warm") if arguments.kernels is None else ("warm",):
             seconds = start(Path(name), arguments.device, compiled)
-            facts = {"shape": arguments.shape, "device": arguments.device, "kernels": kernels}
+            facts = {"shape": arguments.shape, "kernels": kernels, **machine(arguments.device)}
+            facts |= {"commit": arguments.commit} if arguments.commit else {}
             facts |= {key: round(value, 2) for key, value in seconds.items()}
             line = json.dumps({**facts, "date": datetime.date.today().isoformat()})
             print(line, flush=True)

@@ -184,7 +184,8 @@ def assert_logprobs_close(actual: Sequence[Served], expected: Sequence[Served]) 
                     wanted = values[each.token_id]
                     assert each.logprob == pytest.approx(wanted, rel=5e-3, abs=3e-2)
             num_ranks += 1
-            num_same += a.logprob.rank == b.logprob.rank
+            # behind the first few, the vocabulary lies too densely for the same rank
+            num_same += abs(a.logprob.rank - b.logprob.rank) <= b.logprob.rank // 10
     assert num_ranks > 0
     assert num_same > 0.9 * num_ranks
 

@@ -7,13 +7,14 @@ from memory and not from the cache, and the host takes no part.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from nanoinfer_engine.kernels.cublaslt import Algorithm, multiply, proposals
+from nanoinfer_engine.algorithms import MANY_ROWS, shortlist
+from nanoinfer_engine.kernels.cublaslt import Algorithm, multiply
 from nanoinfer_engine.kernels.linear import GemvShape, TileShape, few_rows, gemv
 from nanoinfer_engine.kernels.norms import gate_mul
 from nanoinfer_engine.kernels.quantize import quantize_rows
@@ -25,14 +26,17 @@ _LOG = logging.getLogger(__name__)
 Choice = GemvShape | TileShape | Algorithm | None
 """None is what cuBLAS chooses by itself, for 8-bit weights with 8-bit activations."""
 
-FEW_ROWS = (16, 32, 64)
+FEW_ROWS = (8, 16, 32, 64)
 """Batch sizes up to which a kernel of our own is tried; beyond the last, cuBLAS multiplies."""
 
 REFINED_ROWS = (*FEW_ROWS, 128, 256)
 """Batch sizes at which the choice is made again within whole steps."""
 
+Lists = Mapping[int, Sequence[Algorithm]]
+"""The fastest algorithms by the number of rows at which they were looked for."""
+
 _DECODE_STEP = 32
-_PROMPT_ROWS = (512, 2048, 8192, 32768, 131072)
+_PROMPT_ROWS = (MANY_ROWS, 2048, 8192, 32768, 131072)
 
 _TUNED_BYTES = 256 << 20
 _CLOSE, _BETTER = 1.15, 0.997
@@ -160,8 +164,9 @@ class LinearTable:
         count = max(1, min(len(linears), _TUNED_BYTES // linears[0].weight.nbytes + 1))
         sample = list(linears[:count])
         chosen = self._choices.setdefault(name, {})
+        lists = _lists(sample, sizes)
         for rows in sizes:
-            candidates = _candidates(rows, sample[0])
+            candidates = _candidates(rows, sample[0], lists)
             if len(candidates) == 1:
                 chosen[rows] = candidates[0]
                 continue
@@ -215,11 +220,22 @@ def tuned_sizes(max_rows: int, max_tokens: int) -> list[int]:
     return sorted({1, *FEW_ROWS, *decode, *prompts, max(max_tokens, max_rows)})
 
 
-def _candidates(rows: int, linear: Linear) -> list[Choice]:
+def _lists(linears: Sequence[Linear], sizes: Sequence[int]) -> Lists:
+    """For sizes that a step often has; those between them make do with their neighbours'."""
+    if linears[0].bias is not None:
+        return {}
+    weights, joins = [each.weight for each in linears], linears[0].joins
+    searched = {*REFINED_ROWS, *_PROMPT_ROWS, sizes[-1]} - {1}
+    return {rows: shortlist(weights, rows, joins=joins) for rows in sizes if rows in searched}
+
+
+def _candidates(rows: int, linear: Linear, lists: Lists) -> list[Choice]:
     columns = linear.weight.shape[1]
     if rows == 1:
         # None for columns too few for any of them
         return [shape for shape in _GEMV_SHAPES if shape.block_k < 2 * columns] or [None]
+    if rows >= MANY_ROWS and lists.get(rows):
+        return list(lists[rows][:1])  # measured well enough where they were looked for
     candidates: list[Choice] = [None]
     if rows <= FEW_ROWS[-1]:
         shapes = _TILE_SHAPES if linear.scale is None else (*_TILE_SHAPES, *_WIDE_TILE_SHAPES)
@@ -228,9 +244,10 @@ def _candidates(rows: int, linear: Linear) -> list[Choice]:
             for shape in shapes
             if columns % (shape.block_k * shape.splits) == 0 and (shape.splits == 1 or linear.joins)
         )
-    if linear.bias is None:
-        candidates += proposals(rows, linear.weight)
-    return candidates
+    if rows in lists:
+        return [*candidates, *lists[rows]]
+    near = [*[size for size in lists if size < rows][-1:], *[s for s in lists if s > rows][:1]]
+    return [*candidates, *dict.fromkeys(each for size in near for each in lists[size])]
 
 
 def _time(

@@ -1,17 +1,30 @@
 """Matrix products by a chosen algorithm of cuBLASLt, through the library that torch has loaded.
 
 cuBLAS picks one of several algorithms by a rule of thumb; on the weights themselves another was up
-to a fifth faster. The library proposes, `linears` measures. An algorithm found for one number of
-rows may be used for others; where it does not fit, the product is cuBLAS's own.
+to a fifth faster. The library proposes, `algorithms` measures what lies around its proposals. An
+algorithm found for one number of rows may be used for others; where it does not fit, the product is
+cuBLAS's own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from collections.abc import Iterable
+from ctypes import (
+    byref,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,14 +36,21 @@ _MAX_LAYOUTS = 256
 # values of the library's enumerations (cublasLt.h, library_types.h)
 _COMPUTE_32F, _CUDA_R_32F, _TRANSPOSE = 68, 0, 1
 _DESC_TRANSA, _PREFERENCE_MAX_WORKSPACE = 3, 1
+# of an algorithm: its tile, cluster and custom option
+_CONFIG = (1, c_uint32), (8, c_uint16), (5, c_uint32)
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One way to multiply, as the library describes it to itself; `rank` is its place there."""
+    """One way to multiply: `data` as the library describes it to itself, and what it says of it.
 
-    rank: int
+    `tile` and `cluster` are the library's numbers for shapes, `custom` one whose meaning it keeps.
+    """
+
+    tile: int
+    cluster: int
+    custom: int
     data: bytes = field(repr=False)
 
 
@@ -61,7 +81,9 @@ class _Library:
         )
         self._layouts: dict[tuple[int, int, torch.dtype], c_void_p] = {}
 
-    def proposals(self, rows: int, outputs: int, columns: int, dtype: torch.dtype) -> list[bytes]:
+    def proposals(
+        self, rows: int, outputs: int, columns: int, dtype: torch.dtype
+    ) -> list[Algorithm]:
         """Algorithms for x [rows, columns] @ weight [outputs, columns] transposed, best first."""
         preference, count = c_void_p(), c_int()
         self._call("cublasLtMatmulPreferenceCreate", byref(preference))
@@ -89,7 +111,42 @@ class _Library:
             byref(count),
         )
         self._call("cublasLtMatmulPreferenceDestroy", preference)
-        return [bytes(each.algorithm) for each in found[: count.value] if each.status == 0]
+        return [self._read(each.algorithm) for each in found[: count.value] if each.status == 0]
+
+    def variant(self, algorithm: Algorithm, *values: int) -> Algorithm | None:
+        """The same with another tile, cluster and custom option; None where there is none such."""
+        data = (c_uint64 * 8).from_buffer_copy(algorithm.data)
+        try:
+            for (name, kind), value in zip(_CONFIG, values, strict=True):
+                size = c_size_t(ctypes.sizeof(kind))
+                setter = "cublasLtMatmulAlgoConfigSetAttribute"
+                self._call(setter, data, name, byref(kind(value)), size)
+        except RuntimeError:
+            return None
+        return self._read(data)
+
+    def fits(
+        self, algorithm: Algorithm, rows: int, outputs: int, columns: int, dtype: torch.dtype
+    ) -> bool:
+        """Whether it multiplies these, within the workspace."""
+        weight, x, product = self._three(rows, outputs, columns, dtype)
+        data, found = (c_uint64 * 8).from_buffer_copy(algorithm.data), _Proposal()
+        operands = (self._handle, self._operation, weight, x, product, product)
+        try:
+            self._call("cublasLtMatmulAlgoCheck", *operands, data, byref(found))
+        except RuntimeError:
+            return False
+        return bool(found.status == 0 and found.workspace_bytes <= _WORKSPACE_BYTES)
+
+    def _read(self, data: ctypes.Array[c_uint64]) -> Algorithm:
+        values = []
+        for name, kind in _CONFIG:
+            value, size, written = kind(), c_size_t(ctypes.sizeof(kind)), c_size_t()
+            getter = "cublasLtMatmulAlgoConfigGetAttribute"
+            self._call(getter, data, name, byref(value), size, byref(written))
+            values.append(value.value)
+        tile, cluster, custom = values
+        return Algorithm(tile, cluster, custom, bytes(data))
 
     def multiply(self, x: Tensor, weight: Tensor, output: Tensor, data: bytes, add: bool) -> None:
         """Launch the product; see `multiply`. Raises RuntimeError where it does not fit."""
@@ -166,15 +223,33 @@ def _library(device: torch.device) -> _Library:
 
 
 def proposals(rows: int, weight: Tensor) -> list[Algorithm]:
-    """Algorithms for `rows` rows times `weight`; none without the library, or for its dtype."""
+    """Algorithms for `rows` rows times `weight`, those first that the library thinks best.
+
+    None without the library, or for its dtype.
+    """
     if weight.dtype not in _TYPES:
         return []
     try:
         outputs, columns = weight.shape
-        found = _library(weight.device).proposals(rows, outputs, columns, weight.dtype)
+        return _library(weight.device).proposals(rows, outputs, columns, weight.dtype)
     except (OSError, RuntimeError):
         return []
-    return [Algorithm(rank, data) for rank, data in enumerate(found)]
+
+
+def variants(
+    algorithm: Algorithm,
+    tiles: Iterable[int],
+    clusters: Iterable[int],
+    customs: Iterable[int],
+    rows: int,
+    weight: Tensor,
+) -> list[Algorithm]:
+    """The same with each of these tiles, clusters and options that can multiply `rows` rows."""
+    library = _library(weight.device)
+    found = (library.variant(algorithm, *values) for values in product(tiles, clusters, customs))
+    outputs, columns = weight.shape
+    size = rows, outputs, columns, weight.dtype
+    return [each for each in found if each is not None and library.fits(each, *size)]
 
 
 def multiply(

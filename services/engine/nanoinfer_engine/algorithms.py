@@ -1,0 +1,134 @@
+"""The fastest of cuBLASLt's algorithms for a product, found by measuring around its proposals.
+
+The library proposes eight, most of them with clusters of multiprocessors that share what they read.
+On an H200 the same tiles without a cluster, tiles that it proposes for half or twice as many rows,
+and options whose meaning it keeps to itself were up to a tenth faster than the best of the eight.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from nanoinfer_engine.kernels.cublaslt import Algorithm, multiply, proposals, variants
+
+_LOG = logging.getLogger(__name__)
+
+MANY_ROWS = 512
+"""From here on arithmetic takes longer than reading the weights."""
+
+_NUM_LISTED = 3
+_NUM_LEADERS = 2
+# clusters as the library counts them: 1 × 1, 2 × 1, 1 × 2
+_CLUSTERS, _FIRST_CLUSTERS = (2, 3, 5), (2, 5)
+_CUSTOMS = range(10)
+_MORE_TILES = (15, 17, 167)  # won on an H200 where the library proposed them for no near size
+_MOST_WEIGHTS = 12
+# so many rows take the card to its limit of power, where what saves energy is faster: each runs
+# for 50 ms at a stretch
+_ROWS_AT_LIMIT, _OPERATIONS_AT_LIMIT = 8192, 3.2e13
+_CHECKED_ROWS, _RIGHT = 256, 1e-2
+# launching takes 10 to 20 µs: the device sleeps until all that is timed stands in its queue
+_CYCLES_PER_LAUNCH = 50_000
+
+
+def shortlist(weights: Sequence[Tensor], rows: int, *, joins: bool) -> list[Algorithm]:
+    """The fastest for x [rows, in] @ weight [out, in] transposed, best first; maybe none.
+
+    Few rows are multiplied by the weights of several layers in turn, so that these are read from
+    memory. With `joins` the product is added to what the output holds.
+    """
+    weight, began = weights[0], time.perf_counter()
+    own = proposals(rows, weight)
+    if not own:
+        return []
+    near = [*own, *proposals(max(rows // 2, 1), weight), *proposals(2 * rows, weight)]
+    race = _Race(weights[: 1 if rows >= MANY_ROWS else _MOST_WEIGHTS], rows, joins)
+    others = variants(own[0], _MORE_TILES, _FIRST_CLUSTERS, (0,), rows, weight)
+    for each in _of_different_tiles(near):
+        others += variants(each, (each.tile,), _FIRST_CLUSTERS, (each.custom,), rows, weight)
+    ranked = race.rank([*own, *others], 2)
+    others = []
+    for each in _of_different_tiles(ranked)[:_NUM_LEADERS]:
+        others += variants(each, (each.tile,), _CLUSTERS, _CUSTOMS, rows, weight)
+    ranked = race.rank([*ranked[:_NUM_LISTED], *others], 2)
+    last = [each for each in ranked[: 2 * _NUM_LISTED] if race.is_right(each)]
+    if rows >= _ROWS_AT_LIMIT:
+        repeats = max(int(_OPERATIONS_AT_LIMIT / (2 * rows * weight.numel())), 1)
+        listed = race.rank(last, 2, repeats)[:_NUM_LISTED]
+    else:
+        listed = race.rank(last, 5)[:_NUM_LISTED]
+    seconds = time.perf_counter() - began
+    _LOG.debug("%s × %d: %s, %.0f ms", tuple(weight.shape), rows, listed, 1000 * seconds)
+    return listed
+
+
+class _Race:
+    """One product, timed with algorithms that take turns: the clock's drift under load hits all."""
+
+    def __init__(self, weights: Sequence[Tensor], rows: int, joins: bool) -> None:
+        outputs, columns = weights[0].shape
+        dtype, device = weights[0].dtype, weights[0].device
+        self._x = torch.randn(rows, columns, dtype=dtype, device=device)
+        self._output = torch.zeros(rows, outputs, dtype=dtype, device=device)
+        self._weights, self._joins = list(weights), joins
+        self._loaded: set[Algorithm] = set()
+
+    def rank(
+        self, algorithms: Iterable[Algorithm], rounds: int, repeats: int = 1
+    ) -> list[Algorithm]:
+        """The fastest first, by the median of `rounds` turns of `repeats` products."""
+        those = list(dict.fromkeys(algorithms))
+        self._turn([each for each in those if each not in self._loaded])
+        self._loaded.update(those)
+        turns = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            cycles = len(those) * len(self._weights) * _CYCLES_PER_LAUNCH
+            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+            turns.append(self._turn(those, repeats))
+        torch.cuda.synchronize()
+        times = {
+            each: statistics.median(turn[i].elapsed_time(turn[i + 1]) for turn in turns)
+            for i, each in enumerate(those)
+        }
+        return sorted(those, key=lambda each: times[each])
+
+    def is_right(self, algorithm: Algorithm) -> bool:
+        """Whether its product is torch's, whatever the options mean that it has."""
+        multiply(self._x, self._weights[0], self._output, algorithm)
+        for part in (slice(_CHECKED_ROWS), slice(-_CHECKED_ROWS, None)):
+            expected = (self._x[part] @ self._weights[0].t()).float()
+            error = (self._output[part] - expected).norm() / expected.norm()
+            if not error < _RIGHT:
+                _LOG.warning("%s is wrong by %.2g", algorithm, error)
+                return False
+        return True
+
+    def _turn(self, algorithms: Iterable[Algorithm], repeats: int = 1) -> list[torch.cuda.Event]:
+        """Launch all, each between two events."""
+        marks = [_mark()]
+        for algorithm in algorithms:
+            for weight in self._weights * repeats:
+                multiply(self._x, weight, self._output, algorithm, add=self._joins)
+            marks.append(_mark())
+        return marks
+
+
+def _of_different_tiles(algorithms: Iterable[Algorithm]) -> list[Algorithm]:
+    """The first of each tile."""
+    first: dict[int, Algorithm] = {}
+    for each in algorithms:
+        first.setdefault(each.tile, each)
+    return list(first.values())
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
