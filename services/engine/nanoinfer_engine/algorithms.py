@@ -23,15 +23,15 @@ MANY_ROWS = 512
 """From here on arithmetic takes longer than reading the weights."""
 
 _NUM_LISTED = 3
-_NUM_LEADERS = 2
 # clusters as the library counts them: 1 × 1, 2 × 1, 1 × 2
-_CLUSTERS, _FIRST_CLUSTERS = (2, 3, 5), (2, 5)
-_CUSTOMS = range(10)
+_ALONE, _CLUSTERS = (2,), (2, 3, 5)
+_CUSTOMS = range(8)
 _MORE_TILES = (15, 17, 167)  # won on an H200 where the library proposed them for no near size
+_MORE_CUSTOMS = (0, 4)
 _MOST_WEIGHTS = 12
-# so many rows take the card to its limit of power, where what saves energy is faster: each runs
-# for 50 ms at a stretch
-_ROWS_AT_LIMIT, _OPERATIONS_AT_LIMIT = 8192, 3.2e13
+# products of so many operations take a card to its limit of power, where what saves energy is
+# faster than what saves cycles: each is repeated for 30 ms of an H200
+_LONG, _STRETCH = 1.5e12, 2e13
 _CHECKED_ROWS, _RIGHT = 256, 1e-2
 # launching takes 10 to 20 µs: the device sleeps until all that is timed stands in its queue
 _CYCLES_PER_LAUNCH = 50_000
@@ -49,20 +49,20 @@ def shortlist(weights: Sequence[Tensor], rows: int, *, joins: bool) -> list[Algo
         return []
     near = [*own, *proposals(max(rows // 2, 1), weight), *proposals(2 * rows, weight)]
     race = _Race(weights[: 1 if rows >= MANY_ROWS else _MOST_WEIGHTS], rows, joins)
-    others = variants(own[0], _MORE_TILES, _FIRST_CLUSTERS, (0,), rows, weight)
+    others = variants(own[0], _MORE_TILES, _ALONE, _MORE_CUSTOMS, rows, weight)
     for each in _of_different_tiles(near):
-        others += variants(each, (each.tile,), _FIRST_CLUSTERS, (each.custom,), rows, weight)
+        others += variants(each, (each.tile,), _ALONE, (each.custom,), rows, weight)
     ranked = race.rank([*own, *others], 2)
-    others = []
-    for each in _of_different_tiles(ranked)[:_NUM_LEADERS]:
-        others += variants(each, (each.tile,), _CLUSTERS, _CUSTOMS, rows, weight)
-    ranked = race.rank([*ranked[:_NUM_LISTED], *others], 2)
-    last = [each for each in ranked[: 2 * _NUM_LISTED] if race.is_right(each)]
-    if rows >= _ROWS_AT_LIMIT:
-        repeats = max(int(_OPERATIONS_AT_LIMIT / (2 * rows * weight.numel())), 1)
-        listed = race.rank(last, 2, repeats)[:_NUM_LISTED]
-    else:
-        listed = race.rank(last, 5)[:_NUM_LISTED]
+    around = variants(ranked[0], (ranked[0].tile,), _CLUSTERS, _CUSTOMS, rows, weight)
+    ranked = race.rank([*ranked[:_NUM_LISTED], *around], 2)
+    operations = 2 * rows * weight.numel()
+    is_long = operations >= _LONG
+    last = [*ranked[: 2 * _NUM_LISTED], *(own if is_long else [])]
+    last = [each for each in last if race.is_right(each)]
+    ranked = (
+        race.rank(last, 2, max(int(_STRETCH / operations), 1)) if is_long else race.rank(last, 5)
+    )
+    listed = ranked[:_NUM_LISTED]
     seconds = time.perf_counter() - began
     _LOG.debug("%s × %d: %s, %.0f ms", tuple(weight.shape), rows, listed, 1000 * seconds)
     return listed

@@ -36,7 +36,7 @@ Lists = Mapping[int, Sequence[Algorithm]]
 """The fastest algorithms by the number of rows at which they were looked for."""
 
 _DECODE_STEP = 32
-_PROMPT_ROWS = (MANY_ROWS, 2048, 8192, 32768, 131072)
+_PROMPT_ROWS = (MANY_ROWS, 2048, 16384, 65536)
 
 _TUNED_BYTES = 256 << 20
 _CLOSE, _BETTER = 1.15, 0.997
