@@ -153,7 +153,8 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
     from nanoinfer_engine.attention.paged import PagedAttention, PagedPlan
     from nanoinfer_engine.kernels.decode import DecodeWorkspace
     from nanoinfer_engine.kernels.linear import GemvShape
-    from nanoinfer_engine.models.fused import PRODUCTS, FusedDecoder, StepTokens
+    from nanoinfer_engine.models.fused import PRODUCTS, FusedDecoder
+    from nanoinfer_engine.models.fused_layer import StepTokens
 
     device, dtype = torch.device("cpu"), torch.float32
     checkpoint = open_checkpoint(path)
@@ -171,7 +172,7 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
     vocab_size = checkpoint.config.vocab_size
     decoder = FusedDecoder(share.model, sizes, backend, rank, vocab_size)  # type: ignore[arg-type]
     if use_gemv:
-        decoder.table._choices = {name: {1: GemvShape(2, 64, 1)} for name in PRODUCTS}
+        decoder.table.choices = {name: {1: GemvShape(2, 64, 1)} for name in PRODUCTS}
     source, answers = random.Random(2), []
     sampled = torch.tensor([source.randrange(vocab_size)], dtype=torch.int32)
     with torch.inference_mode():

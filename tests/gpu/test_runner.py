@@ -169,6 +169,24 @@ def test_greedy_tokens_equal_the_cpu_engines(card: ModelRunner, count: int) -> N
     assert diverged <= max(count // 10, 1)
 
 
+def test_a_second_start_runs_what_the_first_chose(
+    card: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanoinfer_engine.models.fused import FusedDecoder
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(FusedDecoder, "tune", refuse)
+    second = make_runner("cuda", "float16")
+    second.warm_up()
+    assert card._steps is not None
+    assert second._steps is not None
+    assert second._steps._decoder.choices == card._steps._decoder.choices
+    texts = prompts(8, 4)
+    assert generate(second, texts, 20) == generate(card, texts, 20)
+
+
 def test_graphs_equal_eager_at_the_same_padded_size(card: ModelRunner) -> None:
     texts = prompts(8, 11)
     with_graphs = generate(card, texts, 40)

@@ -5,15 +5,20 @@ The one door to everything that needs Triton; the runner opens it on a CUDA devi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+import triton
 
-from nanoinfer_engine.attention.paged import PagedAttention
+from nanoinfer_engine.attention.paged import TUNED_CONTEXT, PagedAttention
+from nanoinfer_engine.choices import ChoiceFile, source_digest
 from nanoinfer_engine.collectives import Rank
 from nanoinfer_engine.config import EngineConfig, ModelConfig
 from nanoinfer_engine.device_steps import DeviceSteps
-from nanoinfer_engine.kernels.decode import DecodeWorkspace
+from nanoinfer_engine.kernels import cublaslt
+from nanoinfer_engine.kernels.decode import AttentionShape, DecodeWorkspace
+from nanoinfer_engine.kernels.linear import GemvShape, TileShape
 from nanoinfer_engine.kv_cache import KVCache, bytes_per_block
 from nanoinfer_engine.models import LanguageModel
 from nanoinfer_engine.models.decoder import Decoder
@@ -46,6 +51,13 @@ def open_device(
         cache.device,
     )
     backend = PagedAttention(cache, model_config.sliding_windows, workspace)
+    room = min(cache.num_blocks * cache.block_size, TUNED_CONTEXT)  # contexts are cut to it
+    sizes = (config.max_batch_requests, config.max_batch_tokens, max_model_len, room)
+    formats = (str(cache.dtype), str(cache.stored_dtype), config.quantization)
+    facts = {
+        "shapes": [repr(model_config), cache.block_size, *sizes, *formats],
+        "rank": [rank.index, rank.size],
+    }
     return DeviceSteps(
         FusedDecoder(model, model_config, backend, rank, vocab_size),
         vocab_size,
@@ -55,8 +67,21 @@ def open_device(
         max_model_len,
         cache.num_blocks,
         cache.device,
+        _choice_file(cache.device, facts),
         rank,
     )
+
+
+def _choice_file(device: torch.device, facts: Mapping[str, object]) -> ChoiceFile:
+    """Where choices for these `facts` are kept: they depend on device, libraries and code, too."""
+    properties = torch.cuda.get_device_properties(device)
+    here = {
+        "device": [properties.name, properties.multi_processor_count, properties.total_memory],
+        "libraries": [torch.__version__, triton.__version__, cublaslt.version()],
+        "code": source_digest(),
+    }
+    kinds = (GemvShape, TileShape, cublaslt.Algorithm, AttentionShape)
+    return ChoiceFile(Path(triton.knobs.cache.dir), {**here, **facts}, kinds)
 
 
 def fitting_blocks(

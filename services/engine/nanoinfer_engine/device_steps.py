@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.batch import Batch, BatchRow, RowResult, StepTiming
+from nanoinfer_engine.choices import ChoiceFile
 from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
 from nanoinfer_engine.decode_buffers import DecodeBuffers
@@ -29,7 +30,8 @@ from nanoinfer_engine.device_timing import DeviceClock, StepEvents
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
 from nanoinfer_engine.linears import REFINED_ROWS
-from nanoinfer_engine.models.fused import FusedDecoder, Hidden, StepTokens
+from nanoinfer_engine.models.fused import FusedDecoder
+from nanoinfer_engine.models.fused_layer import Hidden, StepTokens
 from nanoinfer_engine.request import SampledToken, SamplingOptions
 from nanoinfer_engine.tuning import time_graph
 
@@ -105,13 +107,14 @@ class DeviceSteps:
         max_model_len: int,
         num_blocks: int,
         device: torch.device,
+        choices: ChoiceFile,
         rank: Rank = ALONE,
     ) -> None:
         """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_model_len` tokens.
 
         `num_blocks` are all that there are.
         """
-        self._rank = rank
+        self._rank, self._choices = rank, choices
         self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
         self._decoder, self._block_size, self._device = decoder, block_size, device
         self._buffers = DecodeBuffers(max_rows, -(-max_model_len // block_size), device)
@@ -126,10 +129,12 @@ class DeviceSteps:
 
     def prepare(self) -> None:
         """Choose kernels, capture the decode graphs; what exists then is never collected."""
-        self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
-        torch.cuda.empty_cache()  # of prompts as long as any
-        if self._rank.size == 1:  # several would have to measure the same steps
-            self._refine()
+        if not self._decoder.restore(self._choices.read() or {}):
+            self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
+            torch.cuda.empty_cache()  # of prompts as long as any
+            if self._rank.size == 1:  # several would have to measure the same steps
+                self._refine()
+            self._choices.write(self._decoder.choices)
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
         self._buffers.rewind()
         # a full collection over all that torch has made stops the steps for tens of milliseconds
@@ -202,11 +207,14 @@ class DeviceSteps:
         inputs = mixed_inputs(rows, places, slots, self._block_size, self._device, begin)
         tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
         scores, wanted = any(row.scored_token_ids for row in rows), inputs.sampled_tokens
-        hidden = self._decoder.forward(tokens, inputs.plan, kept=None if scores else wanted)
+        # the same kernels as a decode step of so many rows runs: compiled before
+        pdl = len(wanted) <= self._pdl_rows
+        kept = None if scores else wanted
+        hidden = self._decoder.forward(tokens, inputs.plan, kept=kept, kept_pdl=pdl)
         self._places = {row: place for place, row in enumerate(inputs.sampled_rows)}
         logits = None
         if self._places:
-            logits = self._decoder.logits(hidden.select(wanted) if scores else hidden)
+            logits = self._decoder.logits(hidden.select(wanted) if scores else hidden, pdl=pdl)
             choose(logits, inputs.sampling, self._workspace, self._sampled)
         prompts = measure_prompts(rows, inputs.order, partial(self._logits_of, hidden))
         return logits, prompts

@@ -153,7 +153,7 @@ class LinearTable:
     """The choices, by name of the product and batch size, for activations of `dtype`."""
 
     dtype: torch.dtype
-    _choices: dict[str, dict[int, Choice]] = field(default_factory=dict)
+    choices: dict[str, dict[int, Choice]] = field(default_factory=dict)
     _runners_up: dict[tuple[str, int], list[Choice]] = field(default_factory=dict)
 
     def tune(self, name: str, linears: Sequence[Linear], sizes: Sequence[int], pdl: bool) -> None:
@@ -163,7 +163,7 @@ class LinearTable:
         """
         count = max(1, min(len(linears), _TUNED_BYTES // linears[0].weight.nbytes + 1))
         sample = list(linears[:count])
-        chosen = self._choices.setdefault(name, {})
+        chosen = self.choices.setdefault(name, {})
         lists = _lists(sample, sizes)
         for rows in sizes:
             candidates = _candidates(rows, sample[0], lists)
@@ -196,7 +196,7 @@ class LinearTable:
         neighbours have ended, so what one takes alone does not decide.
         """
         least = measure()
-        for name, chosen in self._choices.items():
+        for name, chosen in self.choices.items():
             for choice in self._runners_up.get((name, rows), ()):
                 before, chosen[rows] = chosen[rows], choice
                 if (time := measure()) < _BETTER * least:
@@ -206,7 +206,7 @@ class LinearTable:
 
     def choice(self, name: str, rows: int) -> Choice:
         """What multiplies `rows` rows: what the next tuned size has; a GEMV for one row alone."""
-        chosen = self._choices.get(name, {})
+        chosen = self.choices.get(name, {})
         if rows <= 1:
             return chosen.get(1)
         larger = [size for size in chosen if size >= rows]
@@ -225,8 +225,13 @@ def _lists(linears: Sequence[Linear], sizes: Sequence[int]) -> Lists:
     if linears[0].bias is not None:
         return {}
     weights, joins = [each.weight for each in linears], linears[0].joins
-    searched = {*REFINED_ROWS, *_PROMPT_ROWS, sizes[-1]} - {1}
-    return {rows: shortlist(weights, rows, joins=joins) for rows in sizes if rows in searched}
+    lists: dict[int, Sequence[Algorithm]] = {}
+    for rows in {*REFINED_ROWS, *_PROMPT_ROWS, sizes[-1]}.intersection(sizes) - {1}:
+        try:
+            lists[rows] = shortlist(weights, rows, joins=joins)
+        except Exception as error:  # what cannot be looked for is cuBLAS's own choice
+            _LOG.warning("%s × %d: %s", tuple(weights[0].shape), rows, error)
+    return dict(sorted(lists.items()))
 
 
 def _candidates(rows: int, linear: Linear, lists: Lists) -> list[Choice]:

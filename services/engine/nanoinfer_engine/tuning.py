@@ -22,10 +22,9 @@ def time_graph(run: Callable[[], object], repeats: int = 3) -> float:
     graph.replay()
     times: list[float] = []
     for _ in range(repeats):
-        began, ended = _event(), _event()
-        began.record()
+        began = mark()
         graph.replay()
-        ended.record()
+        ended = mark()
         ended.synchronize()
         times.append(began.elapsed_time(ended) * 1000)
     return float(statistics.median(times))
@@ -37,5 +36,8 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def mark() -> torch.cuda.Event:
+    """An event that the current stream comes to next; others tell the time since it."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -44,8 +44,10 @@ _SHAPES_OF_MANY = tuple(
     for shape in ((64, 4, 4), (64, 4, 5), (32, 4, 5), (128, 8, 4))
     for num_programs in (512, 1024, 2048, 4096)
 )
-# contexts that shapes are compared at: the longest that short and long chats share
-_TUNED_CONTEXT, _TUNED_LAYERS = 768, 8
+TUNED_CONTEXT = 768
+"""At which shapes are compared: the longest context that short and long chats share."""
+
+_TUNED_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class PagedAttention:
         self._cache = cache
         self._windows = tuple(sliding_windows)
         self._workspace = workspace
-        self._shapes: dict[int, AttentionShape] = {}
+        self.shapes: dict[int, AttentionShape] = {}
 
     def tune(self, heads: Heads, transform: HeadTransform, pdl_rows: int) -> None:
         """Choose a shape per number of rows.
@@ -90,10 +92,10 @@ class PagedAttention:
         """
         chosen: dict[int, AttentionShape] = {}
         most = len(heads[0])
-        blocks = -(-_TUNED_CONTEXT // self._cache.block_size)
+        blocks = -(-TUNED_CONTEXT // self._cache.block_size)
         tables = torch.arange(most * blocks, device=heads[0].device, dtype=torch.int32)
         tables = (tables % self._cache.num_blocks).view(most, blocks)
-        contexts = torch.full((most,), _TUNED_CONTEXT, device=tables.device, dtype=torch.int32)
+        contexts = torch.full((most,), TUNED_CONTEXT, device=tables.device, dtype=torch.int32)
         most_tokens = self._cache.num_blocks * self._cache.block_size
         if transform.rotary is not None:
             most_tokens = min(most_tokens, len(transform.rotary))
@@ -103,10 +105,10 @@ class PagedAttention:
             part = (heads[0][:rows], heads[1][:rows], heads[2][:rows])
             timings: dict[AttentionShape, float] = {}
             for shape in _SHAPES_OF_FEW if rows <= _FEW_ROWS else _SHAPES_OF_MANY:
-                self._shapes = {rows: shape}
+                self.shapes = {rows: shape}
                 timings[shape] = self._time(part, transform, plan, pdl=rows <= pdl_rows)
             chosen[rows] = min(timings, key=lambda each: timings[each])
-        self._shapes = chosen
+        self.shapes = chosen
 
     def _time(self, heads: Heads, transform: HeadTransform, plan: PagedPlan, *, pdl: bool) -> float:
         output = torch.empty(heads[0].shape, dtype=heads[0].dtype, device=heads[0].device)
@@ -120,8 +122,8 @@ class PagedAttention:
 
     def _shape(self, num_rows: int) -> AttentionShape:
         """The shape of the next tuned size."""
-        sizes = [size for size in self._shapes if size >= num_rows]
-        return self._shapes[min(sizes)] if sizes else FALLBACK
+        sizes = [size for size in self.shapes if size >= num_rows]
+        return self.shapes[min(sizes)] if sizes else FALLBACK
 
     def attend(
         self,

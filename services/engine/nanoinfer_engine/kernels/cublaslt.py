@@ -32,6 +32,7 @@ from torch import Tensor
 _NAMES = ("libcublasLt.so.13", "libcublasLt.so.12")
 _WORKSPACE_BYTES = 32 << 20
 _NUM_PROPOSALS = 8
+_ALGORITHM_BYTES = 64
 _MAX_LAYOUTS = 256
 # values of the library's enumerations (cublasLt.h, library_types.h)
 _COMPUTE_32F, _CUDA_R_32F, _TRANSPOSE = 68, 0, 1
@@ -52,6 +53,11 @@ class Algorithm:
     cluster: int
     custom: int
     data: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the library would read past the end."""
+        if len(self.data) != _ALGORITHM_BYTES:
+            raise ValueError(f"an algorithm of {len(self.data)} bytes")
 
 
 class _Proposal(ctypes.Structure):
@@ -121,9 +127,9 @@ class _Library:
                 size = c_size_t(ctypes.sizeof(kind))
                 setter = "cublasLtMatmulAlgoConfigSetAttribute"
                 self._call(setter, data, name, byref(kind(value)), size)
+            return self._read(data)
         except RuntimeError:
             return None
-        return self._read(data)
 
     def fits(
         self, algorithm: Algorithm, rows: int, outputs: int, columns: int, dtype: torch.dtype
@@ -215,6 +221,16 @@ def _load() -> ctypes.CDLL:
             except OSError:
                 continue
     raise OSError(f"none of {', '.join(_NAMES)} is here")
+
+
+def version() -> int:
+    """The library's; 0 where it is missing."""
+    try:
+        get = _load().cublasLtGetVersion
+    except OSError:
+        return 0
+    get.restype = c_size_t
+    return int(get())
 
 
 @cache

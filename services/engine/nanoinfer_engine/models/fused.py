@@ -10,13 +10,13 @@ parts: which kernel a rank has chosen changes neither what they exchange nor wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
+from nanoinfer_engine.choices import Choices
 from nanoinfer_engine.collectives import Rank
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.kernels.linear import GemvShape, gemv
@@ -33,31 +33,16 @@ from nanoinfer_engine.linears import (
     tuned_sizes,
 )
 from nanoinfer_engine.models.decoder import Decoder, Layer
-from nanoinfer_engine.models.fused_layer import MAX_FUSED_NORM, FusedLayer, fused_layer
+from nanoinfer_engine.models.fused_layer import (
+    MAX_FUSED_NORM,
+    FusedLayer,
+    Hidden,
+    StepTokens,
+    fused_layer,
+)
 
 PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """[tokens] int32 ids; where `sources` is not negative, `sampled[source]` is the id instead."""
-
-    token_ids: Tensor
-    sources: Tensor
-    sampled: Tensor
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """The residual stream [tokens, hidden] and parts still to be added, [parts, tokens, hidden]."""
-
-    residual: Tensor
-    delta: Tensor | None
-
-    def select(self, tokens: Tensor) -> Hidden:
-        """Copies of some tokens' rows."""
-        delta = None if self.delta is None else self.delta.index_select(1, tokens)
-        return Hidden(self.residual.index_select(0, tokens), delta)
+_ATTENTION = "attention"
 
 
 class FusedDecoder:
@@ -106,12 +91,32 @@ class FusedDecoder:
         rows = [size for size in sizes if size <= max(max_rows, FEW_ROWS[-1])]
         self.table.tune("head", [self._head], rows, pdl)
 
+    @property
+    def choices(self) -> Choices:
+        """What `tune` and `table.refine` have chosen."""
+        return {**self.table.choices, _ATTENTION: self._backend.shapes}
+
+    def restore(self, choices: Choices) -> bool:
+        """Take what was chosen before; False where that is not all that is chosen here."""
+        if set(choices) != {*PRODUCTS, _ATTENTION}:
+            return False
+        self.table.choices = {name: dict(choices[name]) for name in PRODUCTS}
+        self._backend.shapes = dict(choices[_ATTENTION])
+        return True
+
     def forward(
-        self, tokens: StepTokens, plan: PagedPlan, *, kept: Tensor | None = None, pdl: bool = False
+        self,
+        tokens: StepTokens,
+        plan: PagedPlan,
+        *,
+        kept: Tensor | None = None,
+        pdl: bool = False,
+        kept_pdl: bool = False,
     ) -> Hidden:
         """All layers of a step; what they leave is not added up and not normalised yet.
 
-        Of the `kept` tokens, in that order, where they are given: see `models.decoder`.
+        Of the `kept` tokens, in that order, where they are given: see `models.decoder`. `kept_pdl`
+        is for what runs for them alone.
         """
         count = len(tokens.token_ids)
         residual = self._empty(count, self._config.hidden_size)
@@ -119,11 +124,6 @@ class FusedDecoder:
         sources, table = tokens.sources, self._embedding
         embed(tokens.token_ids, sources, tokens.sampled, table, residual, first=first, pdl=pdl)
         self._rank.add_up(residual)
-        is_gemv = (isinstance(self.table.choice(name, 1), GemvShape) for name in PRODUCTS)
-        if count == 1 and self._rank.size == 1 and all(is_gemv):
-            for index, layer in enumerate(self._layers):
-                self._layer_of_one(index, layer, residual, plan, pdl)
-            return Hidden(residual, None)
         delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
             attended = self._attention(index, layer, residual, delta, plan, pdl)
@@ -131,7 +131,7 @@ class FusedDecoder:
                 if not len(kept):
                     return Hidden(residual[:0], None)
                 attended = attended.index_select(0, kept)
-                residual = residual.index_select(0, kept)
+                residual, pdl = residual.index_select(0, kept), kept_pdl
             delta = self._rest(layer, attended, residual, pdl)
         return Hidden(residual, delta)
 
@@ -165,12 +165,15 @@ class FusedDecoder:
         pdl: bool,
     ) -> Tensor:
         """Add `delta` to the residual and attend; [tokens, heads · dim], not projected yet."""
-        if self._in_8_bits(residual):
-            normed = self._quantized_norm(residual, delta, layer.attention_gain, pdl)
+        gain = layer.attention_gain
+        if self._runs_gemvs(residual):
+            qkv = self._normed_gemv("qkv", layer, residual, gain, pdl)
+        elif self._in_8_bits(residual):
+            normed = self._quantized_norm(residual, delta, gain, pdl)
             qkv = quantized_product(normed, layer.products["qkv"])
         else:
-            eps, hidden = self._config.norm_eps, torch.empty_like(residual)
-            add_norm(residual, delta, layer.attention_gain, eps, hidden, pdl=pdl)
+            hidden = torch.empty_like(residual)
+            add_norm(residual, delta, gain, self._config.norm_eps, hidden, pdl=pdl)
             qkv = self._product("qkv", layer, hidden, pdl)
         return self._attend(index, layer, qkv, plan, pdl)
 
@@ -181,6 +184,11 @@ class FusedDecoder:
 
         None where they are in the residual already.
         """
+        if self._runs_gemvs(residual):
+            self._gemv("output", layer, attended, pdl, residual=residual)
+            inner = self._normed_gemv("gate_up", layer, residual, layer.mlp_gain, pdl)
+            self._gemv("down", layer, inner, pdl, residual=residual)
+            return None
         if self._in_8_bits(residual):
             return self._rest_in_8_bits(layer, attended, residual, pdl)
         parts = self._join("output", layer, attended, residual, pdl)
@@ -200,6 +208,11 @@ class FusedDecoder:
         inner = quantize_rows(gate_up, self._config.activation, pdl=pdl)
         return self._rank.add_up(quantized_product(inner, products["down"]).unsqueeze(0))
 
+    def _runs_gemvs(self, rows: Tensor) -> bool:
+        """Whether all products are GEMVs: for one row, in five launches a layer, or seven."""
+        is_gemv = (isinstance(self.table.choice(name, 1), GemvShape) for name in PRODUCTS)
+        return len(rows) == 1 and self._rank.size == 1 and all(is_gemv)
+
     def _in_8_bits(self, rows: Tensor) -> bool:
         """Whether products of 8-bit weights quantise their input: for many rows."""
         quantized = self._layers[0].products["qkv"].scale is not None
@@ -212,16 +225,6 @@ class FusedDecoder:
         scales = torch.empty((len(residual), 1), dtype=torch.float32, device=residual.device)
         eps = self._config.norm_eps
         return add_norm(residual, delta, gain, eps, values, scales=scales, pdl=pdl), scales
-
-    def _layer_of_one(
-        self, index: int, layer: FusedLayer, residual: Tensor, plan: PagedPlan, pdl: bool
-    ) -> None:
-        """The same for one row, in five launches, or seven where the norms stand alone."""
-        qkv = self._normed_gemv("qkv", layer, residual, layer.attention_gain, pdl)
-        attended = self._attend(index, layer, qkv, plan, pdl)
-        self._gemv("output", layer, attended, pdl, residual=residual)
-        inner = self._normed_gemv("gate_up", layer, residual, layer.mlp_gain, pdl)
-        self._gemv("down", layer, inner, pdl, residual=residual)
 
     def _attend(
         self, index: int, layer: FusedLayer, qkv: Tensor, plan: PagedPlan, pdl: bool
@@ -252,9 +255,6 @@ class FusedDecoder:
             product = self._product(name, layer, x, pdl).to(residual.dtype)
             return self._rank.add_up(product.unsqueeze(0))
         choice = self.table.choice(name, len(x))
-        if isinstance(choice, GemvShape):
-            self._gemv(name, layer, x, pdl, residual=residual)
-            return None
         return join_linear(x, layer.products[name], choice, residual, pdl)
 
     def _normed_gemv(

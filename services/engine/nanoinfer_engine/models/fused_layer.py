@@ -1,4 +1,4 @@
-"""A layer of the plain decoder as its products: what `fused` runs."""
+"""What `fused` runs: a layer of the plain decoder as its products, and what goes in and out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,28 @@ from nanoinfer_engine.quantization import Fp8Linear
 
 MAX_FUSED_NORM = 2048
 """Hidden sizes up to which a GEMV takes the norm before it in: beyond, its registers cost more."""
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """[tokens] int32 ids; where `sources` is not negative, `sampled[source]` is the id instead."""
+
+    token_ids: Tensor
+    sources: Tensor
+    sampled: Tensor
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The residual stream [tokens, hidden] and parts still to be added, [parts, tokens, hidden]."""
+
+    residual: Tensor
+    delta: Tensor | None
+
+    def select(self, tokens: Tensor) -> Hidden:
+        """Copies of some tokens' rows."""
+        delta = None if self.delta is None else self.delta.index_select(1, tokens)
+        return Hidden(self.residual.index_select(0, tokens), delta)
 
 
 @dataclass(frozen=True)
