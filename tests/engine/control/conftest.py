@@ -109,8 +109,10 @@ class Engine:
             await asyncio.sleep(0.005)
         return load
 
-    async def idle(self) -> None:
-        load = await self.until(lambda load: not load.running_requests + load.waiting_requests)
+    async def idle(self, seconds: float = 5.0) -> None:
+        load = await self.until(
+            lambda load: not load.running_requests + load.waiting_requests, seconds
+        )
         assert load.kv_cache_usage == 0
 
 

@@ -269,7 +269,8 @@ async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFak
     settings = {"reader_stall_seconds": 0.3, "max_buffered_tokens": 64}
     settings |= {"max_batch_requests": 17, "max_batch_tokens": 64, "max_waiting_requests": 20}
     async with start_fake(runner, **settings) as engine:
-        # 16 completions with 20 alternatives: some 7 kB a step, so the transport is soon full
+        # 16 completions with 20 alternatives, some 7 kB a step: gRPC widens its window to some MB
+        # before the transport is full, which takes 4 s here
         call = engine.call(
             sampling=pb.SamplingParams(n=16),
             stopping=pb.StoppingParams(max_tokens=3900, ignore_eos=True),
@@ -278,7 +279,7 @@ async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFak
         await call.read()
         other = await engine.generate([77], sampling=SEED, stopping=TEN)
         assert len(other.tokens()) == 10
-        await engine.idle()
+        await engine.idle(seconds=15)
         refused = await engine.refused(_rest(call))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.info.reason == "STREAM_STALLED"
