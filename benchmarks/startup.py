@@ -3,8 +3,9 @@
     python benchmarks/startup.py --shape 8b --device cuda --out FILE
 
 Writes a checkpoint of random weights as Hugging Face would (safetensors of 5 GB at most, FP16) and
-starts a fresh process on it twice, which imports the runner, loads and warms up. Both find the
-files in the page cache, because they have just been written. Prints a JSON line for each.
+starts a fresh process on it twice, which imports the runner, loads and warms up; the second finds
+what the first has compiled and chosen. Both find the files in the page cache, because they have
+just been written. Prints a JSON line for each.
 """
 
 from __future__ import annotations
