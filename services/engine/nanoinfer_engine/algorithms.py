@@ -60,8 +60,8 @@ def shortlist(weights: Sequence[Tensor], rows: int, *, joins: bool) -> list[Algo
     ranked = race.rank([*ranked[:_NUM_LISTED], *around], 2)
     operations = 2 * rows * weight.numel()
     is_long = operations >= _LONG
-    last = [*ranked[: 2 * _NUM_LISTED], *(own if is_long else [])]
-    last = [each for each in last if race.is_right(each)]
+    those = dict.fromkeys([*ranked[: 2 * _NUM_LISTED], *(own if is_long else [])])
+    last = [each for each in those if race.is_right(each)]
     ranked = (
         race.rank(last, 2, max(int(_STRETCH / operations), 1)) if is_long else race.rank(last, 5)
     )
@@ -108,7 +108,8 @@ class _Race:
         for count in {rows, max(rows - 3, 1), rows // 2 + 1}:
             x, output = self._x[:count], self._output[:count]
             multiply(x, weight, output.fill_(1), algorithm, add=self._joins)
-            for part in (slice(_CHECKED_ROWS), slice(-_CHECKED_ROWS, None)):
+            for first in {0, max(count - _CHECKED_ROWS, 0)}:
+                part = slice(first, first + _CHECKED_ROWS)
                 expected = (x[part] @ weight.t()).float() + self._joins
                 error = (output[part] - expected).norm() / expected.norm()
                 if not error < _RIGHT[x.dtype]:

@@ -6,6 +6,7 @@ starts with the same measures nothing and runs the same kernels as before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -62,14 +63,16 @@ class ChoiceFile:
             for name, chosen in choices.items()
         }
         directory = self.path.parent
+        # under a name of its own first; with the usual mode, for all users of the directory to read
+        part = directory / f"{self.path.name}.{os.getpid()}"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            # a file under a name of its own, for all users of the directory to read
-            part = directory / f"{self.path.name}.{os.getpid()}"
             part.write_text(json.dumps(stored))
             part.replace(self.path)
         except OSError as error:
             _LOG.warning("%s cannot be written: %s", self.path, error)
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     def _decoded(self, value: list[Any] | None) -> object:
         if value is None:

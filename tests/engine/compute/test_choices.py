@@ -81,6 +81,16 @@ def test_a_directory_that_cannot_be_written_is_no_error(
     assert file.read() is None
 
 
+def test_nothing_is_left_of_a_file_that_found_no_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = ChoiceFile(tmp_path, FACTS, KINDS)
+    file.path.mkdir()
+    file.write(CHOICES)
+    assert "cannot be written" in caplog.text
+    assert list(tmp_path.iterdir()) == [file.path]
+
+
 def test_the_source_has_one_digest() -> None:
     assert source_digest() == source_digest()
     assert len(source_digest()) == 64
