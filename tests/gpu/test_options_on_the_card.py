@@ -161,10 +161,12 @@ def shaped_logits(
 
 
 def assert_logprobs_close(actual: Sequence[Served], expected: Sequence[Served]) -> None:
-    """As far as both have the same ids before: values within what half precision leaves of logits
-    up to 32 (a spacing of 1/64, and as much before it), ranks mostly the same.
+    """As far as both have the same ids before: values as close as half precision leaves logits of
+    up to 32 (spacing: 1/64), ranks mostly the same. PyTorch's FP16 on a CPU differs by 0.003 in
+    the mean, by 0.019 at the 99th percentile and by 0.043 at most.
     """
     num_ranks = num_same = 0
+    differences = []
     for ours, theirs in zip(actual, expected, strict=True):
         assert len(ours.prompt) == len(theirs.prompt)
         pairs = list(zip(ours.prompt, theirs.prompt, strict=True))
@@ -181,13 +183,16 @@ def assert_logprobs_close(actual: Sequence[Served], expected: Sequence[Served]) 
             values = {each.token_id: each.logprob for each in (b.logprob, *b.top)}
             for each in (a.logprob, *a.top):
                 if each.token_id in values:
-                    wanted = values[each.token_id]
-                    assert each.logprob == pytest.approx(wanted, rel=5e-3, abs=3e-2)
+                    differences.append(abs(each.logprob - values[each.token_id]))
             num_ranks += 1
             # behind the first few, the vocabulary lies too densely for the same rank
             num_same += abs(a.logprob.rank - b.logprob.rank) <= b.logprob.rank // 10
     assert num_ranks > 0
     assert num_same > 0.9 * num_ranks
+    differences.sort()
+    assert differences[-1] < 1 / 16
+    assert differences[len(differences) * 99 // 100] < 1 / 32
+    assert sum(differences) < len(differences) / 128
 
 
 @pytest.mark.parametrize("min_tokens", [0, 15])

@@ -274,9 +274,10 @@ def test_bfloat16(card: ModelRunner) -> None:
 
 
 def test_the_cache_is_sized_from_free_memory() -> None:
-    runner = make_runner("cuda", "float16", kv_cache_bytes=None, device_memory_share=0.3)
-    total = torch.cuda.mem_get_info()[1]
+    free, total = torch.cuda.mem_get_info()
+    share = 1 - free / total + 0.2  # tests beside this one hold memory, too
+    runner = make_runner("cuda", "float16", kv_cache_bytes=None, device_memory_share=share)
     per_token = 2 * 6 * 2 * 64 * 2
     held = runner.num_blocks * runner.block_size * per_token
-    assert 0.15 * total < held < 0.3 * total
+    assert 0.1 * total < held < 0.25 * total
     assert len(generate(runner, prompts(3, 1), 5)) == 3
