@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def test_the_last_layer_of_kept_tokens_alone(
     if kept:
         assert close(logits(cut, hidden), expected[kept], bound)
     # what is in the cache is the same: the first prompt goes on
-    later = replace(rows[0], token_ids=(5,), start=12, block_ids=(0,))
+    later = rows[0]._replace(token_ids=(5,), start=12, block_ids=(0,))
     following = [logits(each, step(each, [later], device, None)) for each in (cut, whole)]
     assert close(*following, 1e-6)
 

@@ -6,18 +6,19 @@ fields. `Runner` is all that the engine knows of who runs it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from nanoinfer_engine.config import ModelConfig
 from nanoinfer_engine.request import SampledToken, SamplingOptions, TokenCounts
 
 
-@dataclass(frozen=True)
-class BatchRow:
+class BatchRow(NamedTuple):
     """One request's share of a step: `token_ids` at positions [start, start + len(token_ids)).
 
-    `block_ids` covers every position up to the end of this share, in order. With `samples` the
+    `block_ids` covers every position up to the end of this share, in order; array("i") is copied at
+    once. With `samples` the
     logits of the last token are sampled; `masked_token_ids` may then not be chosen.
     The sampled token's position is start + len(token_ids): the position of its random number.
     `token_counts` is the request's own, read and not changed here; a row with penalties has it.
@@ -31,7 +32,7 @@ class BatchRow:
 
     token_ids: tuple[int, ...]
     start: int
-    block_ids: tuple[int, ...]
+    block_ids: Sequence[int]
     samples: bool
     sampling: SamplingOptions
     masked_token_ids: frozenset[int] = frozenset()

@@ -60,7 +60,7 @@ class BlockTables:
     def num_missing(self, request: Request, num_tokens: int) -> int:
         """Blocks that the request lacks for `num_tokens` tokens."""
         num_missing = -(-num_tokens // self._block_size) - len(request.block_ids)
-        return max(num_missing, 0)
+        return num_missing if num_missing > 0 else 0
 
     def grow(self, request: Request, num_tokens: int) -> None:
         """Give the blocks that are missing."""
@@ -71,15 +71,17 @@ class BlockTables:
         """Name the blocks that a planned step fills by computing the tokens up to `stop`."""
         if not self._caches_prefixes:
             return
-        num_full = stop // self._block_size
+        first, num_full = request.num_computed_tokens // self._block_size, stop // self._block_size
+        if first == num_full:
+            return
         self._extend_names(request, num_full)
-        for index in range(request.num_computed_tokens // self._block_size, num_full):
+        for index in range(first, num_full):
             self._pool.name(request.block_ids[index], request.block_names[index])
 
     def release(self, request: Request) -> None:
         """Take the request's blocks; what has a name can still be found."""
         self._pool.free(request.block_ids)
-        request.block_ids.clear()
+        del request.block_ids[:]
 
     def forget(self, request: Request) -> None:
         """Let nobody find the request's blocks: what they hold may be wrong."""

@@ -7,6 +7,7 @@ anew each time.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -35,11 +36,9 @@ def sources(rows: Sequence[BatchRow], places: Mapping[int, int]) -> list[int]:
 
 def block_tables(rows: Sequence[BatchRow], width: int) -> Ints:
     """[rows, width], padded with block 0, which is never read there."""
-    lengths = np.fromiter((len(row.block_ids) for row in rows), np.int64, len(rows))
-    blocks = chain.from_iterable(row.block_ids for row in rows)
-    tables = np.zeros((len(rows), width), dtype=np.int32)
-    tables[np.arange(width) < lengths[:, None]] = np.fromiter(blocks, np.int32, int(lengths.sum()))
-    return tables
+    size = 4 * width
+    padded = [array("i", row.block_ids).tobytes().ljust(size, b"\0") for row in rows]
+    return np.frombuffer(b"".join(padded), dtype=np.int32).reshape(len(rows), width)
 
 
 def device_sampling(fields: Tensor) -> DeviceSampling:

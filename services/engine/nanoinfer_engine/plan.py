@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from nanoinfer_engine.request import Request
 
 # Steps that went well, after which a step may be twice as large again.
 _STEPS_TO_GROW = 256
+ORDER = attrgetter("order")
 
 
-def order(request: Request) -> tuple[int, int]:
-    """Of running requests: higher priority first, then arrival."""
-    return (-request.priority, request.arrival_number)
+def split(running: Iterable[Request]) -> tuple[list[Request], list[Request]]:
+    """Of running requests who wants but one token, and who needs more, both in their order."""
+    decodes, prefills = [], []
+    for request in sorted(running, key=ORDER):
+        num_tokens = request.num_pending_tokens
+        if num_tokens > 1:
+            prefills.append(request)
+        elif num_tokens and request.wants_more:
+            decodes.append(request)
+    return decodes, prefills
 
 
 @dataclass

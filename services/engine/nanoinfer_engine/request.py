@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
+from typing import NamedTuple
 
 MAX_EVENTS = 16
 
@@ -92,12 +93,8 @@ class Logprob:
     rank: int
 
 
-@dataclass(frozen=True)
-class SampledToken:
-    """A chosen id, or one of the prompt; `logprob` and `top` only where they were asked for.
-
-    `top` are the likeliest ids, then those of `logprob_token_ids` that are not among them.
-    """
+class SampledToken(NamedTuple):
+    """A chosen id, or one of the prompt; `logprob` and `top` only where they were asked for."""
 
     token_id: int
     logprob: Logprob | None = None
@@ -183,7 +180,8 @@ class Request:
     token but the first, as far as they are computed, where they are asked for.
     `block_names` names the contents of full blocks in order; `num_cached_tokens` says how many
     prompt tokens came from the prefix cache, None where it was not asked. `num_bytes` is what the
-    request takes in the queue. Without `cache_salt` the tenant separates prefix-cache entries.
+    request takes in the queue; there it stands in `line`, and `order` sorts those that run: higher
+    priority first, then arrival. Without `cache_salt` the tenant separates prefix-cache entries.
     Invariant: 0 <= num_computed_tokens <= num_tokens.
     """
 
@@ -201,11 +199,12 @@ class Request:
     number: int = field(default_factory=count().__next__)
     # owned by the scheduler
     arrival_number: int = 0
+    order: tuple[int, int] = (0, 0)
     completion_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     num_unread_tokens: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
     block_names: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
@@ -220,10 +219,12 @@ class Request:
     prompt_logprobs: list[SampledToken] = field(default_factory=list)
     # prompt and completion tokens known so far; kept, because a step asks for it several times
     num_tokens: int = field(init=False)
+    line: tuple[int, str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin to count, also single ids where penalties need it."""
         self.num_tokens = len(self.prompt_token_ids) + len(self.completion_token_ids)
+        self.line = (self.priority, self.tenant)
         if self.sampling.has_penalties:
             self.token_counts = TokenCounts(self.prompt_token_ids)
 
@@ -240,7 +241,8 @@ class Request:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens that are sampled, known or not, and granted to no step yet; 1 while decoding."""
-        return self.num_tokens + self.num_unread_tokens - self.num_granted_tokens
+        sampled = self.num_tokens + self.num_unread_tokens
+        return sampled - self.num_computed_tokens - self.num_in_flight_tokens
 
     @property
     def wants_more(self) -> bool:
@@ -276,8 +278,7 @@ class Request:
         return (*prompt[start:], *tail) if start < offset else tuple(tail)
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one step gave one request; immutable, crosses from the engine thread to the event loop.
 
     `tokens` holds what the client may see (a stop id only where asked for). `prompt_logprobs` come

@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 from nanoinfer_engine.batch import BatchRow, RowResult, ScoredPrompt
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
 
 
 def make_rows(
-    grants: Mapping[Request, int],
-    num_blocks: Callable[[int], int],
-    last_rows: Mapping[Request, int],
+    grants: Mapping[Request, int], block_size: int, last_rows: Mapping[Request, int]
 ) -> tuple[BatchRow, ...]:
     """A row for each grant; `last_rows` are the requests' in the step before, if still in flight.
 
-    `num_blocks` says how many blocks a number of tokens takes.
+    What is done here is done for every row of every step, while the device waits for the next.
     """
     rows = []
+    num_rows = len(grants)
     for request, num_tokens in grants.items():
-        blocks = num_blocks(request.num_granted_tokens + num_tokens)
-        row = _make_row(request, num_tokens, blocks, last_rows.get(request))
+        row = _make_row(request, num_tokens, block_size, last_rows.get(request))
         request.num_in_flight_tokens += num_tokens
         request.num_unread_tokens += row.samples
         request.num_steps += 1
         request.num_prefill_chunks += request.times.first_token is None
-        request.max_batch_size = max(request.max_batch_size, len(grants))
+        if num_rows > request.max_batch_size:
+            request.max_batch_size = num_rows
         rows.append(row)
     return tuple(rows)
 
 
-def _make_row(request: Request, num_tokens: int, num_blocks: int, last_row: int | None) -> BatchRow:
+def _make_row(request: Request, num_tokens: int, block_size: int, last_row: int | None) -> BatchRow:
     start = request.num_granted_tokens
     stop = start + num_tokens
+    num_known, num_unread = request.num_tokens, request.num_unread_tokens
+    sampling, stopping = request.sampling, request.stopping
+    num_completion_tokens = len(request.completion_token_ids) + num_unread
     return BatchRow(
-        token_ids=request.tokens(start, stop),
-        start=start,
-        block_ids=tuple(request.block_ids[:num_blocks]),
-        samples=stop == request.num_tokens + request.num_unread_tokens,
-        sampling=request.sampling,
-        masked_token_ids=request.stopping.masked_token_ids(
-            len(request.completion_token_ids) + request.num_unread_tokens
-        ),
-        token_counts=request.token_counts,
-        scored_token_ids=request.scored_token_ids(start, stop),
-        source_row=last_row if stop > request.num_tokens else None,
-        request_number=request.number,
+        () if start >= num_known else request.tokens(start, stop),
+        start,
+        request.block_ids[: -(-stop // block_size)],
+        stop == num_known + num_unread,
+        sampling,
+        stopping.masked_token_ids(num_completion_tokens),
+        request.token_counts,
+        () if sampling.num_prompt_logprobs is None else request.scored_token_ids(start, stop),
+        last_row if stop > num_known else None,
+        request.number,
     )
 
 
@@ -67,7 +66,7 @@ def take_result(
     is_first = not request.completion_token_ids
     output = _append(request, result, now)
     if is_first and request.prompt_logprobs:
-        output = replace(output, prompt_logprobs=tuple(request.prompt_logprobs))
+        output = output._replace(prompt_logprobs=tuple(request.prompt_logprobs))
     return output
 
 

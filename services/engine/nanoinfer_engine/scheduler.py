@@ -20,7 +20,7 @@ from nanoinfer_engine.block_tables import BlockTables
 from nanoinfer_engine.capacity import Capacity, Load
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.errors import QueueTimeoutError
-from nanoinfer_engine.plan import Plan, StepLimit, StepsInFlight, order
+from nanoinfer_engine.plan import ORDER, Plan, StepLimit, StepsInFlight, split
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 from nanoinfer_engine.rows import make_rows, take_result
 from nanoinfer_engine.waiting import WaitingQueue
@@ -68,6 +68,7 @@ class Scheduler:
         self.capacity.check(len(request.prompt_token_ids), request.stopping.max_tokens)
         self._num_arrived += 1
         request.arrival_number = self._num_arrived
+        request.order = (-request.priority, self._num_arrived)
         request.num_waiting_at_arrival = len(self._waiting)
         self._waiting.add(request)
 
@@ -124,18 +125,18 @@ class Scheduler:
         """
         plan = Plan(self._limit.num_tokens)
         self._make_way()
-        may_start = self._grant_decodes(plan)
-        prefills = [r for r in self._running if r.num_pending_tokens > 1]
-        for request in sorted(prefills, key=order):
+        decodes, prefills = split(self._running)
+        may_start = self._grant_decodes(plan, decodes)
+        for request in prefills:
             if may_start:
                 self._start_waiting(plan, above=request.priority)
-            if plan.budget:  # its blocks it has had from the start
+            if plan.budget and request in self._running:  # its blocks it has had from the start
                 self._grant(plan, request)
         if may_start:
             self._start_waiting(plan)
         if not plan.grants:
             return None
-        rows = make_rows(plan.grants, self._tables.num_blocks, self._in_flight.last_rows())
+        rows = make_rows(plan.grants, self._config.block_size, self._in_flight.last_rows())
         self._in_flight.begin(plan.grants)
         return Batch(rows)
 
@@ -192,21 +193,20 @@ class Scheduler:
         num_staying = len(self._running) - len(lower)
         if not lower or self._tables.num_needed(request) + num_staying > num_free:
             return
-        for victim in sorted(lower, key=order, reverse=True):
+        for victim in sorted(lower, key=ORDER, reverse=True):
             if self._can_start(request):
                 return
             self._preempt(victim)
 
-    def _grant_decodes(self, plan: Plan) -> bool:
-        """Grant a token to who needs but one; returns whether nobody had to be preempted."""
+    def _grant_decodes(self, plan: Plan, requests: Sequence[Request]) -> bool:
+        """Grant a token to each of these; returns whether nobody had to be preempted."""
         num_running = len(self._running)
-        decoding = [r for r in self._running if r.num_pending_tokens == 1 and r.wants_more]
-        for request in sorted(decoding, key=order):
+        for request in requests:
             if request in self._running and plan.budget and self._reserve(request, plan):
                 plan.grant(request, 1)
         # Now that no grant is revoked any more, what they fill can be found.
         self._remember(plan, plan.grants)
-        if decoding:
+        if requests:
             plan.cap(self._config.mixed_step_tokens)
         return len(self._running) == num_running
 
@@ -216,7 +216,7 @@ class Scheduler:
         if not self._tables.num_missing(request, num_tokens):
             return True
         while self._tables.num_missing(request, num_tokens) > self._tables.num_free:
-            victim = max(self._running, key=order)
+            victim = max(self._running, key=ORDER)
             plan.revoke(victim)
             self._preempt(victim)
             if victim is request:

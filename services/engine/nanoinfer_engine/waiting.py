@@ -22,10 +22,6 @@ def _arrival(request: Request) -> int:
     return request.arrival_number
 
 
-def _line(request: Request) -> _Line:
-    return (request.priority, request.tenant)
-
-
 class WaitingQueue:
     """The waiting requests: one line, in order of arrival, for each priority and tenant."""
 
@@ -49,7 +45,7 @@ class WaitingQueue:
 
     def __contains__(self, request: Request) -> bool:
         """Whether it waits."""
-        line = self._lines.get(_line(request), [])
+        line = self._lines.get(request.line, [])
         index = bisect_left(line, request.arrival_number, key=_arrival)
         return index < len(line) and line[index] is request
 
@@ -60,7 +56,7 @@ class WaitingQueue:
 
     def add(self, request: Request) -> None:
         """Let a request wait, for the first time or again."""
-        key = _line(request)
+        key = request.line
         if key not in self._lines:
             self._lines[key] = []
             level = self._levels.get(request.priority, 0)
@@ -71,7 +67,7 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         """Take a waiting request out."""
-        key = _line(request)
+        key = request.line
         line = self._lines[key]
         del line[bisect_left(line, request.arrival_number, key=_arrival)]
         if not line:
@@ -80,18 +76,17 @@ class WaitingQueue:
 
     def take(self, request: Request) -> None:
         """Take a request out because it starts."""
-        served, level = self._served[_line(request)], self._levels.get(request.priority, 0)
+        served, level = self._served[request.line], self._levels.get(request.priority, 0)
         self._levels[request.priority] = max(level, served)
         self.remove(request)
 
     def charge(self, request: Request, num_tokens: int) -> None:
         """Count tokens that were computed for a request against its tenant."""
-        key = _line(request)
-        self._served[key] = self._served.get(key, 0) + num_tokens
+        self._served[request.line] = self._served.get(request.line, 0) + num_tokens
 
     def _turn(self, request: Request) -> tuple[int, bool, int, int]:
         has_not_run = request.times.scheduled is None
-        served = self._served[_line(request)]
+        served = self._served[request.line]
         return (-request.priority, has_not_run, served, request.arrival_number)
 
     def _count(self, request: Request, sign: int) -> None:

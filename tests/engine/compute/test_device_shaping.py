@@ -75,7 +75,7 @@ class Tables:
                     counts.add(token_id)
             for token_id in token_ids:
                 counts.add(token_id)
-        return shape(self.logits.unsqueeze(0), [dataclasses.replace(row, token_counts=counts)])[0]
+        return shape(self.logits.unsqueeze(0), [row._replace(token_counts=counts)])[0]
 
     def count(self, slot: int, token_id: int) -> None:
         self.counts[slot, token_id] += 2
@@ -212,7 +212,7 @@ def test_a_request_that_goes_on_writes_nothing(monkeypatch: pytest.MonkeyPatch) 
         tables.count(slot, token_id)
         row.token_counts.add(token_id)
         assert tables.slots.place([row], {}, tables.sampled)[0] == {0: slot}
-    ahead = dataclasses.replace(row, token_ids=(), source_row=0)
+    ahead = row._replace(token_ids=(), source_row=0)
     assert tables.slots.place([ahead], {0: 0}, tables.sampled)[0] == {0: slot}
 
 
@@ -222,7 +222,7 @@ def test_an_id_that_only_the_device_knows_is_counted_there() -> None:
     tables.slots.place([first], {}, tables.sampled)
     tables.slots.place([other], {}, tables.sampled)  # takes the only slot
     tables.sampled[0] = 44
-    ahead = dataclasses.replace(first, token_ids=(), source_row=3)
+    ahead = first._replace(token_ids=(), source_row=3)
     slots, _ = tables.slots.place([ahead], {3: 0}, tables.sampled)
     assert torch.allclose(tables.shaped(ahead, slots[0]), tables.expected(ahead, [44]))
     assert int(tables.counts[0, 44]) == 2
@@ -246,7 +246,7 @@ def test_the_least_recently_used_slot_is_given_up() -> None:
         make_row(1, logit_bias=((-1, 1.0),)),
         make_row(1, allowed_token_ids=array("q", [VOCAB_SIZE + 3])),
         make_row(1, masked=[VOCAB_SIZE]),
-        dataclasses.replace(make_row(1, repetition_penalty=1.1), token_counts=TokenCounts([10**9])),
+        make_row(1, repetition_penalty=1.1)._replace(token_counts=TokenCounts([10**9])),
     ],
 )
 def test_a_hostile_row_fails_alone(hostile: BatchRow) -> None:
@@ -272,7 +272,7 @@ def test_bias_allowed_ids_and_masks_are_those_of_the_host() -> None:
     shaped = tables.shaped(row, slots[0])
     assert torch.allclose(shaped, tables.expected(row, []))
     assert int(torch.isfinite(shaped).sum()) == 3
-    free = dataclasses.replace(row, masked_token_ids=frozenset())
+    free = row._replace(masked_token_ids=frozenset())
     slots, _ = tables.slots.place([free], {}, tables.sampled)
     assert float(tables.bias[slots[0], 3]) == 100.0
     assert float(tables.bias[slots[0], 9]) == -math.inf
@@ -280,7 +280,7 @@ def test_bias_allowed_ids_and_masks_are_those_of_the_host() -> None:
 
 def test_plain_rows_and_rows_that_do_not_sample_take_no_slot() -> None:
     tables = Tables(1)
-    silent = dataclasses.replace(make_row(1, presence_penalty=1.0), samples=False)
-    plain = dataclasses.replace(make_row(2), sampling=SamplingOptions(1.0, 5, 0.9, 0.1, 3))
+    silent = make_row(1, presence_penalty=1.0)._replace(samples=False)
+    plain = make_row(2)._replace(sampling=SamplingOptions(1.0, 5, 0.9, 0.1, 3))
     assert tables.slots.place([silent, plain], {}, tables.sampled) == ({}, {})
     assert bool((tables.counts == 99).all())

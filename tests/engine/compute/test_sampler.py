@@ -47,7 +47,7 @@ def draw_many(logits: torch.Tensor, row: BatchRow, count: int) -> list[int]:
     token_ids = []
     for first in range(1, count + 1, 2000):
         rows = [
-            dataclasses.replace(row, start=position - 1)
+            row._replace(start=position - 1)
             for position in range(first, min(first + 2000, count + 1))
         ]
         for result in sample(logits.expand(len(rows), -1), rows):
@@ -133,8 +133,7 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
     reversed_order = sample(logits.flip(0), rows[::-1])[::-1]
     assert [t.token_id for t in together] == [t.token_id for t in reversed_order]  # type: ignore[union-attr]
     other_seeds = [
-        dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, seed=r.sampling.seed + 1))
-        for r in rows
+        r._replace(sampling=dataclasses.replace(r.sampling, seed=r.sampling.seed + 1)) for r in rows
     ]
     assert sample(logits, other_seeds) != together
 
@@ -170,7 +169,7 @@ def test_a_failing_row_fails_alone() -> None:
     hostile[1, 3] = math.nan
     hostile[3] = -math.inf
     hostile[5, 0] = math.inf
-    hostile_rows[2] = dataclasses.replace(rows[2], masked_token_ids=frozenset({40}))
+    hostile_rows[2] = rows[2]._replace(masked_token_ids=frozenset({40}))
     results = sample(hostile, hostile_rows)
     for index in (1, 2, 3, 5):
         assert isinstance(results[index], SamplingError)

@@ -48,7 +48,7 @@ class AheadRunner(FakeRunner):
                 self.num_ahead += 1
                 result = self.steps[-1].row_results[row.source_row]
                 token_id = result.token_id if isinstance(result, SampledToken) else 0
-                row = replace(row, token_ids=(*row.token_ids, token_id), source_row=None)
+                row = row._replace(token_ids=(*row.token_ids, token_id), source_row=None)
             rows.append(row)
         self.steps.append(LateStep(self.execute(Batch(tuple(rows)))))
         return self.steps[-1]

@@ -144,7 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             request = output.request
             del self.live[request]
             self.num_ended += 1
-            assert request.block_ids == []
+            assert not request.block_ids
             prompt, seed = request.prompt_token_ids, request.sampling.seed
             assert tokens == expected_tokens(prompt, len(tokens), seed)
             if output.finish_reason is FinishReason.LENGTH:
