@@ -56,12 +56,17 @@ def service(module: str, *flags: str, seconds: float = 120) -> Iterator[str]:
 
 
 @contextmanager
-def stack(model: Path, engine_flags: Sequence[str] = ()) -> Iterator[dict[str, str]]:
-    """Tokenizer, engine and gateway on one model; yields their addresses by name."""
+def stack(
+    model: Path, engine_flags: Sequence[str] = (), seconds: float = 120
+) -> Iterator[dict[str, str]]:
+    """Tokenizer, engine and gateway on one model; yields their addresses by name.
+
+    The engine may take `seconds` to start.
+    """
     arguments = ["--model", str(model)]
     with (
         service("nanoinfer_tokenizer", *arguments) as tokenizer,
-        service("nanoinfer_engine", *arguments, *engine_flags) as engine,
+        service("nanoinfer_engine", *arguments, *engine_flags, seconds=seconds) as engine,
         service("nanoinfer_gateway", "--tokenizer", tokenizer, "--engine", engine) as gateway,
     ):
         yield {"tokenizer": tokenizer, "engine": engine, "gateway": gateway}

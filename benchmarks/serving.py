@@ -1,13 +1,18 @@
-"""Measures a running stack: tokens/s at several stream counts, TTFT, and what the gateway costs.
+"""Measures a running stack as its clients see it, and what the gateway costs.
 
-    python benchmarks/serving.py --model models/guide [--streams 1 8 32] [--repeats 3]
+    python benchmarks/serving.py --model models/guide [--streams 1 8 32] [--requests 3]
+    python benchmarks/serving.py --shape 0.6b --device cuda --streams 1 64 256
 
-Starts the three services on loopback (or takes `--gateway` and `--engine` addresses), sends the
-same work once through the gateway as text and once to the engine as ids, and prints JSON lines and
-a table. Every request is greedy, ignores EOS and produces `--max-tokens` tokens.
+Starts the three services on loopback and sends the same work once through the gateway as text and
+once to the engine as ids; prints JSON lines and a table. So many streams are kept up: each client
+sends `--requests` requests one after another, all begin at once, and one that does not count went
+before. Requests are greedy, ignore EOS and produce `--max-tokens` tokens. Without `--model` weights
+are random, prompts are texts of `--prompt-tokens` random tokens, and no prefix is cached.
 
 - tok/s: completion tokens of all streams over the wall time from the first call to the last message
-- TTFT: from the call to the first message that holds a token, as the client sees it
+- TTFT: from the call to the first message that holds a token
+- TPOT: from there to the last message over the tokens but the first; a stream's mean
+- ITL: between two messages of a stream, which may hold several tokens
 - gateway overhead: the same figures through the gateway against those at the engine, in one run
 """
 
@@ -15,13 +20,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import random
 import statistics
+import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +46,24 @@ from nanoinfer.v1 import (
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
+from random_text import random_text, write_ranks
+from random_weights import SHAPES
+from startup import write_checkpoint
 
 PROMPT = "The engine keeps the keys and values of every token in blocks of the KV cache. " * 4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One stream as its client saw it, in seconds."""
+    """One stream as its client saw it: seconds from the call to each message with tokens."""
 
-    time_to_first_token: float
-    duration: float
+    arrivals: Sequence[float]
     num_tokens: int
+
+    @property
+    def time_per_token(self) -> float:
+        """Seconds per token but the first."""
+        return (self.arrivals[-1] - self.arrivals[0]) / max(self.num_tokens - 1, 1)
 
 
 def stopping(max_tokens: int) -> generation_pb2.StoppingParams:
@@ -57,15 +74,16 @@ GREEDY = generation_pb2.SamplingParams(temperature=0)
 
 
 async def consume(stream: AsyncIterator[object], num_tokens: int) -> Sample:
-    """Reads a stream to its end; a delta with text or ids is the first token."""
+    """Reads a stream to its end; a delta with text or ids is a token, or several."""
     started = time.perf_counter()
-    first = None
-    async for message in stream:
-        if first is None and message.deltas:  # type: ignore[attr-defined]
-            first = time.perf_counter() - started
-    if first is None:
+    arrivals = [
+        time.perf_counter() - started
+        async for message in stream
+        if message.deltas  # type: ignore[attr-defined]
+    ]
+    if not arrivals:
         raise SystemExit("a stream ended without a token")
-    return Sample(first, time.perf_counter() - started, num_tokens)
+    return Sample(arrivals, num_tokens)
 
 
 class GatewayLoad:
@@ -73,54 +91,69 @@ class GatewayLoad:
 
     name = "gateway"
 
-    def __init__(self, channel: grpc.aio.Channel, max_tokens: int) -> None:
+    def __init__(self, channel: grpc.aio.Channel, texts: Sequence[str], max_tokens: int) -> None:
         self._stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+        self._texts = texts
         self._max_tokens = max_tokens
 
-    async def one(self) -> Sample:
+    async def one(self, number: int) -> Sample:
         options = gateway_pb2.GenerationOptions(
             sampling=GREEDY, stopping=stopping(self._max_tokens)
         )
-        request = gateway_pb2.GatewayServiceGenerateStreamRequest(text=PROMPT, options=options)
+        text = self._texts[number % len(self._texts)]
+        request = gateway_pb2.GatewayServiceGenerateStreamRequest(text=text, options=options)
         return await consume(self._stub.GenerateStream(request, timeout=600), self._max_tokens)
 
 
 class EngineLoad:
-    """Ids in, ids out: the same prompt, encoded beforehand."""
+    """Ids in, ids out: the same prompts, encoded beforehand."""
 
     name = "engine"
 
-    def __init__(self, channel: grpc.aio.Channel, prompt: Sequence[int], max_tokens: int) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, prompts: Sequence[Sequence[int]], max_tokens: int
+    ) -> None:
         self._stub = engine_pb2_grpc.EngineServiceStub(channel)
-        self._request = engine_pb2.EngineServiceGenerateRequest(
-            prompt=generation_pb2.TokenIds(ids=prompt),
-            sampling=GREEDY,
-            stopping=stopping(max_tokens),
-        )
+        self._prompts = prompts
         self._max_tokens = max_tokens
 
-    async def one(self) -> Sample:
-        return await consume(self._stub.Generate(self._request, timeout=600), self._max_tokens)
+    async def one(self, number: int) -> Sample:
+        ids = self._prompts[number % len(self._prompts)]
+        request = engine_pb2.EngineServiceGenerateRequest(
+            prompt=generation_pb2.TokenIds(ids=ids),
+            sampling=GREEDY,
+            stopping=stopping(self._max_tokens),
+        )
+        return await consume(self._stub.Generate(request, timeout=600), self._max_tokens)
 
 
-async def measure(load: GatewayLoad | EngineLoad, streams: int, repeats: int) -> dict[str, object]:
-    """Medians over `repeats` rounds of `streams` concurrent requests, after one to warm up."""
-    rates, firsts = [], []
-    for round_number in range(repeats + 1):
-        started = time.perf_counter()
-        samples = await asyncio.gather(*(load.one() for _ in range(streams)))
-        wall = time.perf_counter() - started
-        if round_number:
-            rates.append(sum(sample.num_tokens for sample in samples) / wall)
-            firsts.extend(sample.time_to_first_token for sample in samples)
+async def measure(
+    load: GatewayLoad | EngineLoad, num_streams: int, num_requests: int
+) -> dict[str, object]:
+    """`num_streams` clients with `num_requests` requests each, after one each to warm up."""
+
+    async def client(number: int) -> list[Sample]:
+        return [await load.one(number + num_streams * each) for each in range(num_requests)]
+
+    await asyncio.gather(*(load.one(number) for number in range(num_streams)))
+    started = time.perf_counter()
+    clients = await asyncio.gather(*map(client, range(num_streams)))
+    wall = time.perf_counter() - started
+    samples = list(itertools.chain.from_iterable(clients))
+    gaps = sorted(b - a for each in samples for a, b in itertools.pairwise(each.arrivals))
     return {
         "path": load.name,
-        "streams": streams,
-        "tok_s": round(statistics.median(rates), 1),
-        "tok_s_min": round(min(rates), 1),
-        "tok_s_max": round(max(rates), 1),
-        "ttft_p50_ms": round(statistics.median(firsts) * 1000, 2),
+        "streams": num_streams,
+        "requests": len(samples),
+        "tok_s": round(sum(each.num_tokens for each in samples) / wall, 1),
+        "ttft_p50_ms": _milliseconds(statistics.median(each.arrivals[0] for each in samples)),
+        "tpot_p50_ms": _milliseconds(statistics.median(each.time_per_token for each in samples)),
+        "itl_p99_ms": _milliseconds(gaps[len(gaps) * 99 // 100]) if gaps else None,
     }
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 2)
 
 
 def machine() -> dict[str, str]:
@@ -131,48 +164,92 @@ def machine() -> dict[str, str]:
     return {
         "cpu": f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}",
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: _version(name) for name in packages},
     }
 
 
-async def encode(address: str) -> list[int]:
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+async def encode(address: str, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-        request = tokenizer_pb2.TokenizerServiceEncodeRequest(text=PROMPT)
-        return list((await stub.Encode(request, timeout=10)).tokens.ids)
+        requests = [tokenizer_pb2.TokenizerServiceEncodeRequest(text=text) for text in texts]
+        return [list((await stub.Encode(each, timeout=60)).tokens.ids) for each in requests]
 
 
 async def run(addresses: dict[str, str], options: argparse.Namespace) -> list[dict[str, object]]:
     """Every stream count through both paths, alternating, so that both see the same machine."""
-    prompt = await encode(addresses["tokenizer"])
+    source, count = random.Random(0), 2 * max(options.streams)
+    texts = [random_text(options.prompt_tokens, source) for _ in range(count)]
+    texts = [PROMPT] if options.shape is None else texts
+    prompts = await encode(addresses["tokenizer"], texts)
+    facts = {
+        "model": options.shape or options.model.name,
+        "prompt_tokens": round(statistics.mean(map(len, prompts))),
+        "max_tokens": options.max_tokens,
+        "device": device_name(options.device),
+        "date": datetime.date.today().isoformat(),
+    }
+    facts |= {"commit": options.commit} if options.commit else {}
     rows = []
     async with (
         grpc.aio.insecure_channel(addresses["gateway"]) as gateway_channel,
         grpc.aio.insecure_channel(addresses["engine"]) as engine_channel,
     ):
         paths: list[GatewayLoad | EngineLoad] = [
-            GatewayLoad(gateway_channel, options.max_tokens),
-            EngineLoad(engine_channel, prompt, options.max_tokens),
+            GatewayLoad(gateway_channel, texts, options.max_tokens),
+            EngineLoad(engine_channel, prompts, options.max_tokens),
         ]
         for streams in options.streams:
             for load in paths:
-                row = await measure(load, streams, options.repeats)
-                rows.append({**row, "prompt_tokens": len(prompt), "max_tokens": options.max_tokens})
+                rows.append({**await measure(load, streams, options.requests), **facts})
                 print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the device's."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+@contextlib.contextmanager
+def served_model(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
+    """A model's directory, and flags of its engine; one of random numbers is deleted afterwards."""
+    flags = ["--device", options.device, "--max-batch-requests", str(options.max_batch_requests)]
+    flags += [] if options.threads is None else ["--threads", str(options.threads)]
+    if options.shape is None:
+        yield options.model, flags
+        return
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        write_checkpoint(options.shape, directory, options.device)
+        write_ranks(directory / "random.tiktoken", SHAPES[options.shape].vocab_size)
+        if options.device.startswith("cuda"):
+            flags += ["--dtype", "float16"]
+        yield directory, [*flags, "--no-prefix-caching"]
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
     """A Markdown table: one line per stream count, gateway against engine."""
     lines = [
-        "| streams | tok/s | TTFT p50 ms | engine alone: tok/s | TTFT p50 ms | gateway adds |",
-        "|---|---|---|---|---|---|",
+        "| streams | tok/s | TTFT p50 ms | TPOT p50 ms | ITL p99 ms | engine alone: tok/s"
+        " | TTFT p50 ms | gateway adds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for through, alone in zip(rows[::2], rows[1::2], strict=True):
         first, inner = float(str(through["ttft_p50_ms"])), float(str(alone["ttft_p50_ms"]))
         share = 1 - float(str(through["tok_s"])) / float(str(alone["tok_s"]))
         lines.append(
-            f"| {through['streams']} | {through['tok_s']} | {first} | {alone['tok_s']} | {inner} |"
+            f"| {through['streams']} | {through['tok_s']} | {first} | {through['tpot_p50_ms']} |"
+            f" {through['itl_p99_ms']} | {alone['tok_s']} | {inner} |"
             f" {first - inner:+.1f} ms TTFT, {-share:+.1%} tok/s |"
         )
     return "\n".join(lines)
@@ -184,16 +261,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("models/guide"))
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="random weights instead of a model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=3, help="of each stream")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-batch-requests", type=int, default=64)
     parser.add_argument("--threads", type=int, default=None, help="threads of the engine")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="to be noted in the results")
     options = parser.parse_args()
     print(json.dumps(machine()), flush=True)
-    threads = [] if options.threads is None else ["--threads", str(options.threads)]
-    with stack(options.model, ["--max-batch-requests", "64", *threads]) as addresses:
+    with (
+        served_model(options) as (model, flags),
+        stack(model, flags, seconds=600) as addresses,
+    ):
         rows = asyncio.run(run(addresses, options))
     print(table(rows))
+    if options.out:
+        with options.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
