@@ -19,10 +19,11 @@ def make_rows(
     num_rows = len(grants)
     for request, num_tokens in grants.items():
         row = _make_row(request, num_tokens, block_size, last_rows.get(request))
+        if not request.completion_token_ids and not request.num_unread_tokens:
+            request.num_prefill_chunks += 1
         request.num_in_flight_tokens += num_tokens
         request.num_unread_tokens += row.samples
         request.num_steps += 1
-        request.num_prefill_chunks += request.times.first_token is None
         if num_rows > request.max_batch_size:
             request.max_batch_size = num_rows
         rows.append(row)

@@ -88,6 +88,8 @@ def test_decoding_goes_on_from_ids_that_nobody_has_read() -> None:
     assert loop.runner.num_ahead == 5
     # the length is known beforehand: no step too many
     assert request.num_steps == 6
+    # a step that decodes before the first token is read is no chunk of the prompt
+    assert request.num_prefill_chunks == 1
 
 
 def test_a_stop_id_costs_one_step_whose_token_nobody_sees() -> None:
