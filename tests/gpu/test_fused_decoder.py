@@ -57,10 +57,10 @@ def prompt_row(length: int, first_block: int) -> BatchRow:
 @torch.inference_mode()
 def step(decoder: Any, rows: list[BatchRow], device: torch.device, kept: list[int] | None) -> Any:
     """What the layers leave of the rows' tokens, or of the `kept` ones."""
-    from nanoinfer_engine.device_inputs import mixed_inputs
+    from nanoinfer_engine.device_inputs import mixed_layout, upload
     from nanoinfer_engine.models.fused_layer import StepTokens
 
-    inputs = mixed_inputs(rows, {}, {}, BLOCK_SIZE, device, lambda: None)
+    inputs = upload(mixed_layout(rows, {}, {}, BLOCK_SIZE), device, lambda: None)
     sampled = torch.zeros(4, dtype=torch.int32, device=device)
     tokens = StepTokens(inputs.token_ids, inputs.sources, sampled)
     wanted = None if kept is None else torch.tensor(kept, dtype=torch.int32, device=device)

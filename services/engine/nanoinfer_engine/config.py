@@ -25,6 +25,7 @@ class EngineConfig:
     `max_model_len` None means what the model allows. `quantization` "fp8" keeps the layers' linears
     in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in `dtype`. With
     `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
+    With `mixed_graphs` steps with prompts are captured on CUDA, not decode steps alone.
     """
 
     model_path: Path
@@ -46,6 +47,7 @@ class EngineConfig:
     quantization: str = "none"
     kv_cache_dtype: str = "auto"
     tensor_parallel: int = 1
+    mixed_graphs: bool = False
 
     @property
     def number_format(self) -> str:

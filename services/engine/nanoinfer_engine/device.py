@@ -69,6 +69,7 @@ def open_device(
         cache.device,
         _choice_file(cache.device, facts),
         rank,
+        config.mixed_graphs,
     )
 
 

@@ -104,102 +104,64 @@ def reads_new_blocks(rows: Sequence[BatchRow], block_size: int) -> set[int]:
 
 
 @dataclass(frozen=True)
-class MixedInputs:
-    """A step with prompts in it, on the device; `order` are the batch's rows as they stand here."""
+class MixedLayout:
+    """A step with prompts in it as arrays, int32: decode rows first, whatever their order before.
+
+    `order` are the batch's rows as they stand here. `prompts` is what a `PromptPlan` holds, in its
+    order; `sampled_rows` are rows of the batch, in the order of their logits.
+    """
 
     order: tuple[int, ...]
-    token_ids: Tensor
-    sources: Tensor
-    plan: PagedPlan
-    sampled_rows: tuple[int, ...]  # rows of the batch, in the order of their logits
-    sampled_tokens: Tensor
-    sampling: DeviceSampling
+    num_decode_rows: int
+    token_ids: Ints  # [tokens]
+    sources: Ints  # [tokens]
+    tables: Ints  # [decode rows, any]
+    contexts: Ints  # [decode rows]
+    prompts: tuple[Ints, ...]
+    equal_length: int | None
+    sampled_rows: tuple[int, ...]
+    sampled_tokens: Ints  # [sampled rows]
+    sampling: Ints  # [9, sampled rows]
 
 
-class _Packer:
-    """Collects arrays, copies them to the device at once and hands out views."""
-
-    def __init__(self) -> None:
-        self._arrays: list[Ints] = []
-
-    def add(self, values: Sequence[int] | NDArray[np.int64] | Ints) -> int:
-        self._arrays.append(np.asarray(values, dtype=np.int32).reshape(-1))
-        return len(self._arrays) - 1
-
-    def upload(self, device: torch.device, begin: Callable[[], None]) -> list[Tensor]:
-        # every array starts at a multiple of 16 bytes, for kernels that load in vectors
-        padded = [np.pad(array, (0, -len(array) % 4)) for array in self._arrays]
-        on_host = torch.from_numpy(np.concatenate(padded))
-        if device.type == "cuda":
-            on_host = on_host.pin_memory()
-        begin()
-        on_device = on_host.to(device, non_blocking=True)
-        ends = np.cumsum([len(array) for array in padded]).tolist()
-        return [
-            on_device[end - len(wide) : end - len(wide) + len(array)]
-            for end, wide, array in zip(ends, padded, self._arrays, strict=True)
-        ]
-
-
-def mixed_inputs(
+def mixed_layout(
     rows: Sequence[BatchRow],
     places: Mapping[int, int],
     slots: Mapping[int, int],
     block_size: int,
-    device: torch.device,
-    begin: Callable[[], None],
-) -> MixedInputs:
-    """Lay out a step of any mix; `slots` by index in `rows`, `places` as in `sources`.
-
-    `begin` is called just before the copy, the first that the device has to do with the step.
-    """
+) -> MixedLayout:
+    """Lay out a step of any mix; `slots` by index in `rows`, `places` as in `sources`."""
     late = reads_new_blocks(rows, block_size)
     is_prompt = [row.num_tokens > 1 or index in late for index, row in enumerate(rows)]
     order = sorted(range(len(rows)), key=lambda index: is_prompt[index])
     ordered = [rows[index] for index in order]
     decoding = ordered[: is_prompt.count(False)]
     prompts = ordered[len(decoding) :]
-    packer = _Packer()
-    lengths = np.array([row.num_tokens for row in ordered])
-    ends = np.cumsum(lengths)
+    ends = np.cumsum([row.num_tokens for row in ordered])
     ids = chain.from_iterable(row.token_ids or (0,) for row in ordered)
-    token_ids = packer.add(np.fromiter(ids, np.int32, int(ends[-1])))
-    origin = np.full(ends[-1], -1)
+    origin = np.full(ends[-1], -1, dtype=np.int32)
     origin[: len(decoding)] = sources(decoding, places)
-    source = packer.add(origin)
     sampled = [i for i, row in enumerate(ordered) if row.samples]
-    sampled_tokens = packer.add(ends[sampled] - 1)
     sampled_rows = tuple(order[i] for i in sampled)
     own_slots = {i: slots[row] for i, row in enumerate(sampled_rows) if row in slots}
-    arrays = sampling_arrays([rows[i] for i in sampled_rows], own_slots)
-    # each field at a multiple of 16 bytes: one compiled kernel serves any number of rows
-    options = packer.add(np.pad(arrays, ((0, 0), (0, -len(sampled_rows) % 4))))
     width = max((len(row.block_ids) for row in decoding), default=1)
-    tables = packer.add(block_tables(decoding, width))
-    contexts = packer.add([row.context_length for row in decoding])
-    prompt_arrays = [packer.add(each) for each in _prompt_arrays(prompts, block_size)]
-    parts = packer.upload(device, begin)
-    plan = PagedPlan(
-        len(decoding),
-        parts[tables].view(len(decoding), width),
-        parts[contexts],
-        _prompt_plan(prompts, [parts[i] for i in prompt_arrays]),
-    )
-    return MixedInputs(
+    lengths = {row.num_tokens if row.start == 0 else None for row in prompts}
+    return MixedLayout(
         tuple(order),
-        parts[token_ids],
-        parts[source],
-        plan,
+        len(decoding),
+        np.fromiter(ids, np.int32, int(ends[-1])),
+        origin,
+        block_tables(decoding, width),
+        np.array([row.context_length for row in decoding], dtype=np.int32),
+        _prompt_arrays(prompts, block_size) if prompts else (),
+        lengths.pop() if len(lengths) == 1 else None,
         sampled_rows,
-        parts[sampled_tokens],
-        device_sampling(parts[options].view(SAMPLING_FIELDS, -1)),
+        (ends[sampled] - 1).astype(np.int32),
+        sampling_arrays([rows[i] for i in sampled_rows], own_slots),
     )
 
 
-def _prompt_arrays(prompts: Sequence[BatchRow], block_size: int) -> list[NDArray[np.int64] | Ints]:
-    """What a `PromptPlan` holds, in its order."""
-    if not prompts:
-        return []
+def _prompt_arrays(prompts: Sequence[BatchRow], block_size: int) -> tuple[Ints, ...]:
     slots, positions = [], []
     for row in prompts:
         own = np.arange(row.start, row.context_length)
@@ -209,27 +171,52 @@ def _prompt_arrays(prompts: Sequence[BatchRow], block_size: int) -> list[NDArray
     lengths = np.array([row.num_tokens for row in prompts])
     contexts = np.array([row.context_length for row in prompts])
     width = max(len(row.block_ids) for row in prompts)
-    return [
+    arrays = (
         np.concatenate(slots),
         np.concatenate(positions),
         np.cumsum([0, *lengths]),
         contexts,
         block_tables(prompts, width),
         query_tiles(lengths, contexts),
-    ]
-
-
-def _prompt_plan(prompts: Sequence[BatchRow], parts: Sequence[Tensor]) -> PromptPlan | None:
-    if not prompts:
-        return None
-    slots, positions, query_starts, contexts, tables, tiles = parts
-    lengths = {row.num_tokens if row.start == 0 else None for row in prompts}
-    return PromptPlan(
-        slots,
-        positions,
-        query_starts,
-        contexts,
-        tables.view(len(prompts), -1),
-        tiles.view(-1, 2),
-        equal_length=lengths.pop() if len(lengths) == 1 else None,
     )
+    return tuple(array.astype(np.int32, copy=False) for array in arrays)
+
+
+@dataclass(frozen=True)
+class MixedInputs:
+    """What a mixed step reads, on the device."""
+
+    token_ids: Tensor
+    sources: Tensor
+    plan: PagedPlan
+    sampled_tokens: Tensor
+    sampling: DeviceSampling
+
+
+def upload(layout: MixedLayout, device: torch.device, begin: Callable[[], None]) -> MixedInputs:
+    """Bring a step to memory of its own, in one copy; `begin` is called just before it."""
+    # each field at a multiple of 16 bytes: one compiled kernel serves any number of rows
+    count = len(layout.sampled_rows)
+    sampling = np.pad(layout.sampling, ((0, 0), (0, -count % 4)))
+    arrays = [layout.token_ids, layout.sources, layout.tables, layout.contexts]
+    arrays += [layout.sampled_tokens, sampling, *layout.prompts]
+    padded = [np.pad(array.reshape(-1), (0, -array.size % 4)) for array in arrays]
+    on_host = torch.from_numpy(np.concatenate(padded))
+    if device.type == "cuda":
+        on_host = on_host.pin_memory()
+    begin()
+    on_device = on_host.to(device, non_blocking=True)
+    ends = np.cumsum([len(array) for array in padded])
+    token_ids, origin, tables, contexts, sampled_tokens, options, *prompts = (
+        on_device[end - len(wide) : end - len(wide) + array.size].view(array.shape)
+        for end, wide, array in zip(ends.tolist(), padded, arrays, strict=True)
+    )
+    attending = prompt_plan(prompts, layout.equal_length) if prompts else None
+    plan = PagedPlan(layout.num_decode_rows, tables, contexts, attending)
+    return MixedInputs(token_ids, origin, plan, sampled_tokens, device_sampling(options))
+
+
+def prompt_plan(parts: Sequence[Tensor], equal_length: int | None) -> PromptPlan:
+    """The plan of what `MixedLayout.prompts` brought to the device."""
+    slots, positions, query_starts, contexts, tables, tiles = parts
+    return PromptPlan(slots, positions, query_starts, contexts, tables, tiles, equal_length)

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult, StepTiming
+from nanoinfer_engine.batch import Batch, BatchRow, RowResult, StepKind, StepTiming
 from nanoinfer_engine.choices import ChoiceFile
 from nanoinfer_engine.collectives import ALONE, Rank
-from nanoinfer_engine.cuda_graphs import DecodeGraphs, padded_sizes
+from nanoinfer_engine.cuda_graphs import CapturedSteps, DecodeGraphs, padded_sizes
 from nanoinfer_engine.decode_buffers import DecodeBuffers
-from nanoinfer_engine.device_inputs import mixed_inputs, reads_new_blocks
+from nanoinfer_engine.device_inputs import MixedInputs, mixed_layout, reads_new_blocks, upload
 from nanoinfer_engine.device_logprobs import (
     PromptScores,
     SampledScores,
@@ -30,6 +30,7 @@ from nanoinfer_engine.device_timing import DeviceClock, StepEvents
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
 from nanoinfer_engine.linears import REFINED_ROWS
+from nanoinfer_engine.mixed_graphs import MixedGraphs
 from nanoinfer_engine.models.fused import FusedDecoder
 from nanoinfer_engine.models.fused_layer import Hidden, StepTokens
 from nanoinfer_engine.request import SampledToken, SamplingOptions
@@ -109,10 +110,11 @@ class DeviceSteps:
         device: torch.device,
         choices: ChoiceFile,
         rank: Rank = ALONE,
+        mixed_graphs: bool = False,
     ) -> None:
         """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_model_len` tokens.
 
-        `num_blocks` are all that there are.
+        `num_blocks` are all that there are. With `mixed_graphs` steps with prompts are graphs, too.
         """
         self._rank, self._choices = rank, choices
         self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
@@ -124,7 +126,11 @@ class DeviceSteps:
         self._places: dict[int, int] = {}  # of the last step's rows in `_sampled`
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._max_model_len, self._num_blocks = max_model_len, num_blocks
-        self.graphs = DecodeGraphs(_GRAPH_MEMORY, rank.least)
+        captured = CapturedSteps(_GRAPH_MEMORY, rank.least)
+        self.graphs = DecodeGraphs(captured)
+        max_blocks = -(-max_model_len // block_size)
+        self.mixed_graphs = MixedGraphs(captured, max_rows, max_tokens, max_blocks, device)
+        self._captures_mixed = mixed_graphs
         self._clock = DeviceClock()
 
     def prepare(self) -> None:
@@ -137,6 +143,8 @@ class DeviceSteps:
             self._choices.write(self._decoder.choices)
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
         self._buffers.rewind()
+        if self._captures_mixed:
+            self.mixed_graphs.capture(lambda inputs: self.run_mixed(inputs)[0])
         # a full collection over all that torch has made stops the steps for tens of milliseconds
         gc.collect()
         gc.freeze()
@@ -169,14 +177,14 @@ class DeviceSteps:
         decodes = all(row.num_tokens == 1 and row.samples for row in rows)
         if decodes and not reads_new_blocks(rows, self._block_size):
             return self._launch_decode(rows, places, slots, failed)
-        logits, prompts = self._run_mixed(rows, places, slots)
+        kind, logits, prompts = self._launch_mixed(rows, places, slots)
         ids, scores = None, []
         if logits is not None:
             ids = torch.empty(len(self._places), dtype=torch.int32, pin_memory=True)
             ids.copy_(self._sampled[: len(ids)], non_blocking=True)
             scores = measure_sampled(rows, self._places, logits, self._sampled)
         results = [failed.get(row) for row in range(len(rows))]
-        events = self._clock.end("eager")
+        events = self._clock.end(kind)
         return DeviceStep(ids, self._places, results, [*scores, *prompts], events, events.end)
 
     def _launch_decode(
@@ -199,25 +207,40 @@ class DeviceSteps:
         results = [failed.get(row) for row in range(count)]
         return DeviceStep(ids, self._places, results, scores, events, copied)
 
-    def _run_mixed(
+    def _launch_mixed(
         self, rows: Sequence[BatchRow], places: Mapping[int, int], slots: Mapping[int, int]
-    ) -> tuple[Tensor | None, list[PromptScores]]:
-        """Run rows of any kind; returns the logits of those that sample, and prompts' scores."""
-        begin = self._clock.begin
-        inputs = mixed_inputs(rows, places, slots, self._block_size, self._device, begin)
+    ) -> tuple[StepKind, Tensor | None, list[PromptScores]]:
+        """Run rows of any kind; gives the logits of those that sample, and prompts' scores."""
+        layout = mixed_layout(rows, places, slots, self._block_size)
+        self._places = {row: place for place, row in enumerate(layout.sampled_rows)}
+        size = self.mixed_graphs.size(layout, rows)
+        if size is not None:
+            self.mixed_graphs.fill(size, layout, self._clock.begin)
+            logits = self.mixed_graphs.replay(size)
+            return "graph", logits if self._places else None, []
+        inputs = upload(layout, self._device, self._clock.begin)
+        scores = any(row.scored_token_ids for row in rows)
+        logits, hidden = self.run_mixed(inputs, keeps_all=scores)
+        prompts = measure_prompts(rows, layout.order, partial(self._logits_of, hidden))
+        return "eager", logits if self._places else None, prompts
+
+    def run_mixed(self, inputs: MixedInputs, *, keeps_all: bool = False) -> tuple[Tensor, Hidden]:
+        """Launch a step with prompts: the logits of its sampled tokens, and what its layers leave.
+
+        That is of all tokens with `keeps_all`, else of the sampled ones.
+        """
         tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
-        scores, wanted = any(row.scored_token_ids for row in rows), inputs.sampled_tokens
+        wanted = inputs.sampled_tokens
         # the same kernels as a decode step of so many rows runs: compiled before
         pdl = len(wanted) <= self._pdl_rows
-        kept = None if scores else wanted
+        kept = None if keeps_all else wanted
         hidden = self._decoder.forward(tokens, inputs.plan, kept=kept, kept_pdl=pdl)
-        self._places = {row: place for place, row in enumerate(inputs.sampled_rows)}
-        logits = None
-        if self._places:
-            logits = self._decoder.logits(hidden.select(wanted) if scores else hidden, pdl=pdl)
-            choose(logits, inputs.sampling, self._workspace, self._sampled)
-        prompts = measure_prompts(rows, inputs.order, partial(self._logits_of, hidden))
-        return logits, prompts
+        if not len(wanted):
+            return wanted, hidden
+        own = hidden.select(wanted) if keeps_all else hidden
+        logits = self._decoder.logits(own, pdl=pdl)
+        choose(logits, inputs.sampling, self._workspace, self._sampled)
+        return logits, hidden
 
     def _logits_of(self, hidden: Hidden, first: int, count: int) -> Tensor:
         tokens = torch.arange(first, first + count, device=self._device)

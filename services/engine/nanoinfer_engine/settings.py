@@ -81,6 +81,9 @@ class EngineSettings(ServiceSettings):
     prefix_caching: bool = Field(
         True, description="Reuse the KV cache of prompts that begin alike, within a tenant."
     )
+    mixed_graphs: bool = Field(
+        False, description="On CUDA, steps with prompts run as graphs, too. Not tried on a GPU yet."
+    )
     stall_seconds: float = Field(
         60.0,
         gt=0,
@@ -140,6 +143,7 @@ class EngineSettings(ServiceSettings):
             quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
             tensor_parallel=self.tensor_parallel,
+            mixed_graphs=self.mixed_graphs,
         )
 
     def patience(self) -> Patience:

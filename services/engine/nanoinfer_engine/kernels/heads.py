@@ -121,12 +121,14 @@ def _rotate_write_kernel(
     k = stored(k, keys)
     places = heads[:, None] * DIM + dims[None, :]
     v = stored(tl.load(value + token * input_stride + places, mask=inside, other=0.0), values)
-    target = tl.load(slots + token).to(tl.int64) * slot_stride
+    slot = tl.load(slots + token).to(tl.int64)
+    target = slot * slot_stride
     own = token * KV_HEADS * DIM + places
     if KEY_COPY:
         tl.store(key_out + own, k.to(key_out.dtype.element_ty), mask=inside)
     if VALUE_COPY:
         tl.store(value_out + own, v.to(value_out.dtype.element_ty), mask=inside)
+    inside = inside & (slot >= 0)
     tl.store(keys + target + places, k, mask=inside)
     tl.store(values + target + places, v, mask=inside)
 
@@ -141,7 +143,8 @@ def rotate_and_write(
     *,
     copies: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What attends, in `dtype`: query, key and value; the last two also go to `slots` of the cache.
+    """What attends, in `dtype`: query, key and value; the last two also go to `slots` of the cache,
+    but for tokens whose slot is negative: those are padding.
 
     Query and key are transformed, key and value as the cache gives them back; without `copies`
     those two are returned as they came. Shapes as in `decode_attention`, with tokens in the place
