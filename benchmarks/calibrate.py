@@ -97,17 +97,17 @@ async def engine_steps(address: str, prompt: list[int]) -> tuple[dict[str, float
     steps: dict[str, float] = {}
     async with grpc.aio.insecure_channel(address) as channel:
         for streams in (1, 8, 32):
-            load, gaps = EngineLoad(channel, prompt, DECODE_TOKENS), []
+            load, times = EngineLoad(channel, [prompt], DECODE_TOKENS), []
             for _ in range(6):
-                samples = await asyncio.gather(*(load.one() for _ in range(streams)))
+                samples = await asyncio.gather(*(load.one(0) for _ in range(streams)))
                 # the last to start sees no prefill of others any more
-                gaps.append(min(s.duration - s.time_to_first_token for s in samples))
-            steps[str(streams)] = round(min(gaps) / (DECODE_TOKENS - 1) * 1e3, 3)
+                times.append(min(sample.time_per_token for sample in samples))
+            steps[str(streams)] = round(min(times) * 1e3, 3)
         firsts = []
         for number in range(6):
             # another first token each time, so that no prefix is ever shared
-            long = EngineLoad(channel, [number + 1, *prompt * 20][:1024], 1)
-            firsts.append((await long.one()).time_to_first_token)
+            long = EngineLoad(channel, [[number + 1, *prompt * 20][:1024]], 1)
+            firsts.append((await long.one(0)).arrivals[0])
     return steps, round(1024 / min(firsts), 1)
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     started = time.monotonic()
     with stack(options.model, ["--threads", "1"]) as addresses:
         seconds_for_three = time.monotonic() - started
-        prompt = asyncio.run(encode(addresses["tokenizer"]))
+        (prompt,) = asyncio.run(encode(addresses["tokenizer"], [PROMPT]))
         request, message = asyncio.run(gateway_costs(addresses["gateway"]))
         call, byte = asyncio.run(tokenizer_costs(addresses["tokenizer"]))
         steps, prefill = asyncio.run(engine_steps(addresses["engine"], prompt))

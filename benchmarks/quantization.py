@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     texts = list(conversations(arguments.model, arguments.questions))
     dtype = "float16" if arguments.device.startswith("cuda") else "float32"
     plain = {"model_path": arguments.model, "device": arguments.device, "dtype": dtype}
-    expected = logits(EngineConfig(**plain), texts)  # type: ignore[arg-type]
+    expected = logits(EngineConfig(**plain), texts)
     answers = torch.cat([torch.arange(1, len(ids) + 1) >= start for ids, start in texts])
     context = {"model": open_checkpoint(arguments.model).config.model_type}
     context |= {"device": arguments.device, "against": dtype, "torch": torch.__version__}

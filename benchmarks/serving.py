@@ -31,7 +31,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def stopping(max_tokens: int) -> generation_pb2.StoppingParams:
 GREEDY = generation_pb2.SamplingParams(temperature=0)
 
 
-async def consume(stream: AsyncIterator[object], num_tokens: int) -> Sample:
+async def consume(stream: AsyncIterable[object], num_tokens: int) -> Sample:
     """Reads a stream to its end; a delta with text or ids is a token, or several."""
     started = time.perf_counter()
     arrivals = [
@@ -223,7 +223,8 @@ def device_name(device: str) -> str:
 @contextlib.contextmanager
 def served_model(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
     """A model's directory, and flags of its engine; one of random numbers is deleted afterwards."""
-    flags = ["--device", options.device, "--max-batch-requests", str(options.max_batch_requests)]
+    max_requests = options.max_batch_requests or max(64, *options.streams)
+    flags = ["--device", options.device, "--max-batch-requests", str(max_requests)]
     flags += [] if options.threads is None else ["--threads", str(options.threads)]
     if options.shape is None:
         yield options.model, flags
@@ -267,7 +268,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of each stream")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--max-batch-requests", type=int, default=64)
+    parser.add_argument("--max-batch-requests", type=int, help="64, or as many as streams")
     parser.add_argument("--threads", type=int, default=None, help="threads of the engine")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="to be noted in the results")

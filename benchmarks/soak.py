@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -74,7 +75,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(**settings: object) -> AsyncIterator[Server]:
+async def serving(**settings: Any) -> AsyncIterator[Server]:
     """An engine on a free port of loopback."""
     services: list[EngineService] = []
 
@@ -90,7 +91,9 @@ async def serving(**settings: object) -> AsyncIterator[Server]:
         yield Server(services[0], engine_pb2_grpc.EngineServiceStub(channel))
 
 
-def ask(case_prompt: Sequence[int], max_tokens: int, n: int, logprobs: int | None) -> object:
+def ask(
+    case_prompt: Sequence[int], max_tokens: int, n: int, logprobs: int | None
+) -> engine_pb2.EngineServiceGenerateRequest:
     """A greedy request."""
     return engine_pb2.EngineServiceGenerateRequest(
         prompt=generation_pb2.TokenIds(ids=case_prompt),
@@ -113,7 +116,8 @@ def make_prompts(chance: random.Random, count: int, vocab_size: int) -> list[tup
 
 async def alone(server: Server, prompt: tuple[int, ...], max_tokens: int) -> Case:
     """What a request gives with the machine to itself."""
-    tokens, gaps = [], []
+    tokens: list[int] = []
+    gaps: list[float] = []
     async for message in server.stub.Generate(ask(prompt, max_tokens, 1, 2)):
         for delta in message.deltas:
             tokens += delta.token_ids
