@@ -1,9 +1,9 @@
 """Steps with prompts in them as CUDA graphs: padded to fixed sizes, captured before serving.
 
-Launched kernel by kernel, a small step takes the host longer than the device: some 300 launches.
-A graph has room for `decode_rows` rows of one token, then for `prompt_tokens` tokens of prompts.
-What is not used is padding: rows without a context, tokens without a slot, a prompt of no tokens
-that tiles without work belong to, and rows that choose an id that nobody reads.
+So a small step costs the host one launch instead of some 300. A graph has room for `decode_rows`
+rows of one token, then for `prompt_tokens` tokens of prompts. What is not used is padding: rows
+without a context, tokens without a slot, a prompt of no tokens that tiles without work belong to,
+and rows that choose an id that nobody reads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nanoinfer_engine.kernels.prompts import QUERY_TILE
 MAX_PROMPTS = 32
 _DECODE_ROWS = (16, 64, 128)  # and as many as a step may have
 _PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
-# a longer table would take longer to bring than launches take
+# of a row; longer tables would take longer to bring than launches take
 _MAX_BLOCKS = 1024
 
 
@@ -78,17 +78,16 @@ class MixedGraphs:
     ) -> None:
         """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_blocks` blocks."""
         self._captured, self._device = captured, device
-        self._max_rows, self._max_blocks = max_rows, max_blocks
+        self._max_rows, self._max_blocks = max_rows, min(max_blocks, _MAX_BLOCKS)
         rows = sorted({*(min(count, max_rows) for count in _DECODE_ROWS), max_rows})
         tokens = _PROMPT_TOKENS[: bisect_left(_PROMPT_TOKENS, max_tokens) + 1]
         self._fields = {
             size: self._lay_out(size)
             for size in (MixedSize(*each) for each in itertools.product(rows, tokens))
-            if max_blocks <= _MAX_BLOCKS
         }
         self._sizes = sorted(self._fields)
-        stops = [fields[-1].stop for fields in self._fields.values()]
-        self._memory = torch.zeros(max(stops, default=0), dtype=torch.int32, device=device)
+        length = max(fields[-1].stop for fields in self._fields.values())
+        self._memory = torch.zeros(length, dtype=torch.int32, device=device)
 
     def capture(self, run: Callable[[MixedInputs], Tensor]) -> None:
         """Capture `run` for each size, the largest first, as far as memory lasts."""
@@ -103,7 +102,7 @@ class MixedGraphs:
         num_tokens = len(layout.token_ids) - num_decodes
         if not 0 < num_prompts <= MAX_PROMPTS or num_tokens > _PROMPT_TOKENS[-1]:
             return None
-        if any(row.scored_token_ids for row in rows):
+        if any(row.scored_token_ids or len(row.block_ids) > self._max_blocks for row in rows):
             return None
         prompt_tokens = _PROMPT_TOKENS[bisect_left(_PROMPT_TOKENS, num_tokens)]
         for size in self._sizes:

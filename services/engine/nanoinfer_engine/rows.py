@@ -11,10 +11,7 @@ from nanoinfer_engine.request import FinishReason, Request, RequestOutput, Sampl
 def make_rows(
     grants: Mapping[Request, int], block_size: int, last_rows: Mapping[Request, int]
 ) -> tuple[BatchRow, ...]:
-    """A row for each grant; `last_rows` are the requests' in the step before, if still in flight.
-
-    What is done here is done for every row of every step, while the device waits for the next.
-    """
+    """A row for each grant; `last_rows` are the requests' in the step before, while in flight."""
     rows = []
     num_rows = len(grants)
     for request, num_tokens in grants.items():
