@@ -1,0 +1,135 @@
+"""Device steps from scheduler to ids without a GPU: kernels interpreted, the rest of CUDA faked."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nanoinfer_engine.batch import Batch, Step
+from nanoinfer_engine.capacity import Capacity
+from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.pipeline import Pipeline
+from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.scheduler import Scheduler
+
+from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.gpu import fake_cuda
+from tests.gpu.test_fused_decoder import BLOCK_SIZE, GREEDY, make_decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="in Triton's interpreter alone"
+    ),
+]
+
+MAX_ROWS, MAX_TOKENS, MAX_MODEL_LEN, NUM_BLOCKS = 4, 40, 64, 8
+NUM_TOKENS = 3
+DRAWN = SamplingOptions(0.9, 30, 0.95, 0.0, 5)
+COUNTED = SamplingOptions(0.0, 0, 1.0, 0.0, 0, presence_penalty=1.5, num_logprobs=2)
+SCORED = SamplingOptions(0.0, 0, 1.0, 0.0, 0, num_prompt_logprobs=1)
+
+
+class NothingChosen:
+    """A choice file with what the decoder takes without measuring."""
+
+    def read(self) -> dict[str, object]:
+        return {}
+
+
+@dataclass
+class Served:
+    token_ids: list[list[int]]
+    kinds: list[str] = field(default_factory=list)
+    sizes: list[Any] = field(default_factory=list)
+
+
+def make_steps(path: Path, patch: pytest.MonkeyPatch, *, mixed_graphs: bool) -> Any:
+    from nanoinfer_engine import device_steps
+    from nanoinfer_engine import mixed_graphs as sizes
+
+    fake_cuda.install(patch)
+    patch.setattr(device_steps, "padded_sizes", lambda _: [1, MAX_ROWS])
+    patch.setattr(sizes, "_DECODE_ROWS", (2,))
+    patch.setattr(sizes, "_PROMPT_TOKENS", (16, 64))
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        decoder = make_decoder(path, device)
+        patch.setattr(decoder, "restore", lambda _: True)
+        steps = device_steps.DeviceSteps(
+            decoder,
+            VOCAB_SIZE,
+            BLOCK_SIZE,
+            MAX_ROWS,
+            MAX_TOKENS,
+            MAX_MODEL_LEN,
+            NUM_BLOCKS,
+            device,
+            NothingChosen(),  # type: ignore[arg-type]
+            mixed_graphs=mixed_graphs,
+        )
+        steps.prepare()
+    return steps
+
+
+def serve(steps: Any, options: list[SamplingOptions]) -> Served:
+    class Runner:
+        runs_ahead = True
+
+        @torch.inference_mode()
+        def launch(self, batch: Batch) -> Step:
+            return steps.launch(batch)  # type: ignore[no-any-return]
+
+    config = EngineConfig(
+        Path("model"),
+        max_batch_tokens=MAX_TOKENS,
+        max_batch_requests=MAX_ROWS,
+        block_size=BLOCK_SIZE,
+    )
+    scheduler = Scheduler(config, Capacity(MAX_MODEL_LEN, NUM_BLOCKS * BLOCK_SIZE))
+    pipeline = Pipeline(Runner())  # type: ignore[arg-type]
+    source = random.Random(3)
+    stopping = StoppingOptions(NUM_TOKENS, 0, frozenset(), frozenset(), False)
+    requests = [
+        Request(str(index), 0, tuple(source.choices(range(VOCAB_SIZE), k=length)), each, stopping,
+                RequestTimes(0))
+        for index, (length, each) in enumerate(zip((12, 20, 9, 17), options, strict=True))
+    ]  # fmt: skip
+    served = Served([request.completion_token_ids for request in requests])
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work or pipeline.is_busy:
+        step = pipeline.advance(scheduler.schedule())
+        if step is not None:
+            served.kinds.append(step.timing.kind)
+            outputs = scheduler.update(step.batch, step.results, step.timing.kind)
+            assert not any(output.error for output in outputs)
+    served.sizes = [key for key in steps.graphs._captured.replayed if not isinstance(key, int)]
+    return served
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[GREEDY, DRAWN, COUNTED, GREEDY], [SCORED, GREEDY, COUNTED, DRAWN]],
+    ids=["drawn", "scored"],
+)
+def test_steps_with_prompts_as_graphs_give_the_same(
+    options: list[SamplingOptions], device: torch.device, tmp_path: Path
+) -> None:
+    path = make_checkpoint("llama3", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        plain = serve(make_steps(path, patch, mixed_graphs=False), options)
+    with pytest.MonkeyPatch.context() as patch:
+        padded = serve(make_steps(path, patch, mixed_graphs=True), options)
+    assert all(len(each) == NUM_TOKENS for each in plain.token_ids)
+    assert padded.token_ids == plain.token_ids
+    assert plain.kinds.count("eager") == 2
+    assert not plain.sizes
+    # a prompt that is scored is not captured
+    assert padded.kinds.count("eager") == (SCORED in options)
+    assert len(padded.sizes) == 2 - (SCORED in options)
