@@ -345,6 +345,15 @@ def test_a_reader_that_leaves_is_no_traceback(target: str, behaviour: Behaviour)
     assert behaviour.cancelled.wait(2)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Children heed SIGINT, also where a shell in the background has us ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_cancels_and_ends_with_130(target: str, behaviour: Behaviour) -> None:
     behaviour.stream = endless
     with subprocess.Popen(
