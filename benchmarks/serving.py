@@ -6,7 +6,7 @@
 Starts the three services on loopback and sends the same work once through the gateway as text and
 once to the engine as ids; prints JSON lines and a table. So many streams are kept up: each client
 sends `--requests` requests one after another, all begin at once, and one that does not count went
-before. Requests are greedy, ignore EOS and produce `--max-tokens` tokens. Without `--model` weights
+before. Requests are greedy, ignore EOS and produce `--max-tokens` tokens. With `--shape` weights
 are random, prompts are texts of `--prompt-tokens` random tokens, and no prefix is cached.
 
 - tok/s: completion tokens of all streams over the wall time from the first call to the last message
@@ -185,9 +185,10 @@ async def encode(address: str, texts: Sequence[str]) -> list[list[int]]:
 
 async def run(addresses: dict[str, str], options: argparse.Namespace) -> list[dict[str, object]]:
     """Every stream count through both paths, alternating, so that both see the same machine."""
-    source, count = random.Random(0), 2 * max(options.streams)
-    texts = [random_text(options.prompt_tokens, source) for _ in range(count)]
-    texts = [PROMPT] if options.shape is None else texts
+    texts, source = [PROMPT], random.Random(0)
+    if options.shape is not None:
+        count = 2 * max(options.streams)
+        texts = [random_text(options.prompt_tokens, source) for _ in range(count)]
     prompts = await encode(addresses["tokenizer"], texts)
     facts = {
         "model": options.shape or options.model.name,
