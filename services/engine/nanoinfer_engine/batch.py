@@ -18,8 +18,8 @@ class BatchRow(NamedTuple):
     """One request's share of a step: `token_ids` at positions [start, start + len(token_ids)).
 
     `block_ids` covers every position up to the end of this share, in order; array("i") is copied at
-    once. With `samples` the
-    logits of the last token are sampled; `masked_token_ids` may then not be chosen.
+    once. With `samples` the logits of the last token are sampled; `masked_token_ids` may then not
+    be chosen.
     The sampled token's position is start + len(token_ids): the position of its random number.
     `token_counts` is the request's own, read and not changed here; a row with penalties has it.
     `scored_token_ids` are the prompt ids that follow the first of `token_ids`, one each: the
