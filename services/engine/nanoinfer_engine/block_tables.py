@@ -35,14 +35,11 @@ class BlockTables:
         """Share of the blocks that requests use, 0 to 1."""
         return self._pool.usage
 
-    def num_blocks(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens take."""
-        return -(-num_tokens // self._block_size)
-
     def num_needed(self, request: Request) -> int:
         """Free blocks that `start` would take: all but those that others use already."""
         cached = self._find(request)
-        return self.num_blocks(request.num_tokens) - len(cached) + self._pool.num_kept(cached)
+        num_blocks = -(-request.num_tokens // self._block_size)
+        return num_blocks - len(cached) + self._pool.num_kept(cached)
 
     def start(self, request: Request) -> None:
         """Give blocks for all known tokens, cached ones where there are; sets the computed count.

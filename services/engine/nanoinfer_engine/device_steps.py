@@ -119,7 +119,8 @@ class DeviceSteps:
         self._rank, self._choices = rank, choices
         self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
         self._decoder, self._block_size, self._device = decoder, block_size, device
-        self._buffers = DecodeBuffers(max_rows, -(-max_model_len // block_size), device)
+        max_blocks = -(-max_model_len // block_size)
+        self._buffers = DecodeBuffers(max_rows, max_blocks, device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
         self._slots = ShapingSlots(self._workspace.counts, self._workspace.bias)
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
@@ -128,7 +129,6 @@ class DeviceSteps:
         self._max_model_len, self._num_blocks = max_model_len, num_blocks
         captured = CapturedSteps(_GRAPH_MEMORY, rank.least)
         self.graphs = DecodeGraphs(captured)
-        max_blocks = -(-max_model_len // block_size)
         self.mixed_graphs = MixedGraphs(captured, max_rows, max_tokens, max_blocks, device)
         self._captures_mixed = mixed_graphs
         self._clock = DeviceClock()
