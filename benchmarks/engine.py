@@ -1,4 +1,4 @@
-"""Measures the engine's core on one GPU, random weights: scenarios of docs/performance.md, and e.
+"""Measures the engine's core on one GPU, random weights: scenarios of docs/performance.md, e and s.
 
     python benchmarks/engine.py --shape 0.6b --scenarios a c8 c32 c64 c128 c256 b d --out FILE
 
@@ -6,6 +6,7 @@ Scheduler, pipeline and runner as the service runs them, without gRPC. a and c a
 b·(n-1)/(t-t1), with t1 from a run of one output token; b is output tokens over wall time, d prompt
 tokens over wall time. e: a prompt of 8,000 tokens arrives beside 64 streams; output tokens over
 wall time, how long the streams wait between two steps until its first token, and that one's time.
+s64: 64 streams kept up, one request after another (512 tokens, 128 more) as in `serving.py`.
 Prints one JSON line per scenario, the median of `--repeats` runs. With `--tensor-parallel N` the
 model is shared by N GPUs, and the limits are N times as high.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import random
@@ -97,6 +99,7 @@ class Run:
     num_tokens: int
     steps: list[StepTiming]
     host_seconds: float
+    requests: Sequence[Request]
     late: Late | None
 
     @property
@@ -106,6 +109,17 @@ class Run:
         return {
             "host_ms_per_step": 1e3 * self.host_seconds / len(self.steps),
             "idle_share": idle / (busy + idle),
+        }
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Steps, the share of them that were graphs, and a request's median wait for its token."""
+        times = [request.times for request in self.requests]
+        waits = [((each.first_token or 0) - each.arrived) * 1e-6 for each in times]
+        return {
+            "steps": len(self.steps),
+            "graphs": statistics.mean(step.kind == "graph" for step in self.steps),
+            "first_token_ms": statistics.median(waits),
         }
 
 
@@ -136,8 +150,12 @@ class Bench:
         sampling: SamplingOptions,
         seed: int,
         late_lengths: tuple[int, int] | None = None,
+        num_streams: int | None = None,
     ) -> Run:
-        """All requests at once, to their ends; a late one as soon as all others are flowing."""
+        """All requests at once, to their ends; a late one as soon as all others are flowing.
+
+        With `num_streams` so many at once, and the next as soon as one has ended.
+        """
         source = random.Random(seed)
         scheduler = Scheduler(self.config, self.capacity)
         pipeline = Pipeline(self.runner)
@@ -148,7 +166,8 @@ class Bench:
             times = RequestTimes(time.monotonic_ns())
             requests.append(Request(str(index), 0, prompt, sampling, stopping, times))
         late = None if late_lengths is None else Late(requests.pop())
-        for request in requests:
+        following = iter(requests)
+        for request in itertools.islice(following, num_streams):
             scheduler.add(request)
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -163,6 +182,10 @@ class Bench:
             num_tokens += sum(len(output.tokens) for output in outputs)
             steps.append(step.timing)
             host += step.host
+            num_ended = sum(output.finish_reason is not None for output in outputs)
+            for request in itertools.islice(following, num_ended):
+                request.times.arrived = time.monotonic_ns()
+                scheduler.add(request)
             if late is None or not is_waiting:
                 continue
             if late.last_step:
@@ -175,7 +198,7 @@ class Bench:
         expected += 0 if late is None else late.request.stopping.max_tokens
         if num_tokens != expected:
             raise RuntimeError(f"{num_tokens} tokens came, {expected} were asked for")
-        return Run(time.perf_counter() - began, num_tokens, steps, host, late)
+        return Run(time.perf_counter() - began, num_tokens, steps, host, requests, late)
 
     def scenario(self, name: str) -> tuple[int, float, dict[str, float]]:
         """Batch, tokens per second and what else is worth knowing, of one run."""
@@ -193,6 +216,11 @@ class Bench:
             run = self.run([(512, 512)] * 64, GREEDY, 1, late_lengths=(8000, 64))
             details = {**(run.late.details if run.late else {}), **run.details}
             return 65, run.num_tokens / run.seconds, details
+        if name[0] == "s":
+            streams = int(name[1:])
+            lengths = [(512, 128)] * (4 * streams)
+            run = self.run(lengths, GREEDY, 1, num_streams=streams)
+            return streams, run.num_tokens / run.seconds, {**run.waits, **run.details}
         batch, num_prompt, num_output = (1, 128, 512) if name == "a" else (int(name[1:]), 512, 256)
         first = self.run([(num_prompt, 1)] * batch, GREEDY, 1)
         whole = self.run([(num_prompt, num_output)] * batch, GREEDY, 1)
@@ -249,6 +277,7 @@ def measure(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str,
         "weights": arguments.weights,
         "max_batch_tokens": bench.config.max_batch_tokens,
         "max_mixed_tokens": bench.config.mixed_step_tokens,
+        "mixed_graphs": bench.config.mixed_graphs,
         **{key: round(value, 4) for key, value in details.items()},
         "commit": arguments.commit or commit(),
         "torch": torch.__version__,
@@ -271,6 +300,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--max-mixed-tokens", type=int, help="in a step beside decodes")
     parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--mixed-graphs", action="store_true", help="of steps with prompts, too")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the tree is no git checkout")
     return parser.parse_args(argv)
@@ -292,6 +322,7 @@ def main(argv: Sequence[str]) -> int:
         quantization=arguments.quantization,
         kv_cache_dtype=arguments.kv_cache_dtype,
         tensor_parallel=arguments.tensor_parallel,
+        mixed_graphs=arguments.mixed_graphs,
     )
     dtype = torch.float16 if arguments.dtype == "float16" else torch.bfloat16
     bench = Bench(arguments.shape, config, dtype, dummy=arguments.weights == "dummy")
