@@ -1,4 +1,4 @@
-"""Measures the engine's core on one GPU, random weights: scenarios of docs/performance.md, e and s.
+"""Measures the engine's core on one GPU, random weights; the scenarios of docs/performance.md.
 
     python benchmarks/engine.py --shape 0.6b --scenarios a c8 c32 c64 c128 c256 b d --out FILE
 
@@ -6,7 +6,8 @@ Scheduler, pipeline and runner as the service runs them, without gRPC. a and c a
 b·(n-1)/(t-t1), with t1 from a run of one output token; b is output tokens over wall time, d prompt
 tokens over wall time. e: a prompt of 8,000 tokens arrives beside 64 streams; output tokens over
 wall time, how long the streams wait between two steps until its first token, and that one's time.
-s64: 64 streams kept up, one request after another (512 tokens, 128 more) as in `serving.py`.
+s64: 64 streams kept up, one request after another (512 tokens, 128 more) as in `serving.py`; r64:
+with lengths as in b.
 Prints one JSON line per scenario, the median of `--repeats` runs. With `--tensor-parallel N` the
 model is shared by N GPUs, and the limits are N times as high.
 """
@@ -216,9 +217,11 @@ class Bench:
             run = self.run([(512, 512)] * 64, GREEDY, 1, late_lengths=(8000, 64))
             details = {**(run.late.details if run.late else {}), **run.details}
             return 65, run.num_tokens / run.seconds, details
-        if name[0] == "s":
-            streams = int(name[1:])
+        if name[0] in "sr":
+            streams, source = int(name[1:]), random.Random(0)
             lengths = [(512, 128)] * (4 * streams)
+            if name[0] == "r":
+                lengths = [(source.randint(100, 1024), source.randint(100, 1024)) for _ in lengths]
             run = self.run(lengths, GREEDY, 1, num_streams=streams)
             return streams, run.num_tokens / run.seconds, {**run.waits, **run.details}
         batch, num_prompt, num_output = (1, 128, 512) if name == "a" else (int(name[1:]), 512, 256)
@@ -300,7 +303,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--max-mixed-tokens", type=int, help="in a step beside decodes")
     parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--mixed-graphs", action="store_true", help="of steps with prompts, too")
+    parser.add_argument("--mixed-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the tree is no git checkout")
     return parser.parse_args(argv)

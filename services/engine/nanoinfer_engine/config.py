@@ -47,7 +47,7 @@ class EngineConfig:
     quantization: str = "none"
     kv_cache_dtype: str = "auto"
     tensor_parallel: int = 1
-    mixed_graphs: bool = False
+    mixed_graphs: bool = True
 
     @property
     def number_format(self) -> str:

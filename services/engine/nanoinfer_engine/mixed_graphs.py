@@ -34,7 +34,7 @@ from nanoinfer_engine.kernels.prompts import QUERY_TILE
 
 MAX_PROMPTS = 32
 _DECODE_ROWS = (16, 64, 128)  # and as many as a step may have
-_PROMPT_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+_PROMPT_TOKENS = (*range(64, 1024, 64), *range(1024, 2049, 128))
 # of a row; longer tables would take longer to bring than launches take
 _MAX_BLOCKS = 1024
 

@@ -82,7 +82,7 @@ class EngineSettings(ServiceSettings):
         True, description="Reuse the KV cache of prompts that begin alike, within a tenant."
     )
     mixed_graphs: bool = Field(
-        False, description="On CUDA, steps with prompts run as graphs, too. Not tried on a GPU yet."
+        True, description="On CUDA, small steps with prompts run as graphs, not decodes alone."
     )
     stall_seconds: float = Field(
         60.0,
