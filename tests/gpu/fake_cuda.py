@@ -61,6 +61,9 @@ class CapturedSteps:
         self._steps[key] = run
         return True
 
+    def agree(self, condition: bool) -> bool:
+        return condition
+
     def replay(self, key: Hashable) -> Tensor:
         self.replayed.append(key)
         return self._steps[key]()
@@ -86,3 +89,4 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     patch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     patch.setattr(torch.cuda, "empty_cache", lambda: None)
+    patch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -55,8 +55,9 @@ def make_steps(path: Path, patch: pytest.MonkeyPatch, *, mixed_graphs: bool) -> 
 
     fake_cuda.install(patch)
     patch.setattr(device_steps, "padded_sizes", lambda _: [1, MAX_ROWS])
-    patch.setattr(sizes, "_DECODE_ROWS", (2,))
-    patch.setattr(sizes, "_PROMPT_TOKENS", (16, 64))
+    patch.setattr(sizes, "_DECODE_ROWS", (0, 2))
+    patch.setattr(sizes, "_LEAST_PROMPT", 16)
+    patch.setattr(sizes, "_TOKENS", (20, 64))
     device = torch.device("cpu")
     with torch.inference_mode():
         decoder = make_decoder(path, device)

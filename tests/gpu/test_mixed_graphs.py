@@ -27,6 +27,21 @@ class AnySize:
         return True
 
 
+class Recorded(AnySize):
+    """Takes the first `most` keys."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.keys: list[Any] = []
+
+    def agree(self, condition: bool) -> bool:
+        return condition
+
+    def capture(self, key: object, run: object) -> bool:
+        self.keys.append(key)
+        return len(self.keys) < self._most
+
+
 def row(length: int, start: int, blocks: tuple[int, ...], **more: object) -> BatchRow:
     source = random.Random(100 * length + start)
     tokens = tuple(source.randrange(VOCAB_SIZE) for _ in range(length))
@@ -108,25 +123,60 @@ def test_sizes(device: torch.device) -> None:
     from nanoinfer_engine.device_inputs import mixed_layout
     from nanoinfer_engine.mixed_graphs import MAX_PROMPTS, MixedGraphs, MixedSize
 
-    graphs = MixedGraphs(AnySize(), 256, 8192, 4, device)  # type: ignore[arg-type]
+    graphs = MixedGraphs(AnySize(), 256, 8192, 13, device)  # type: ignore[arg-type]
 
     def size(*rows: BatchRow) -> MixedSize | None:
         return graphs.size(mixed_layout(rows, {}, {}, BLOCK_SIZE), rows)
 
     decode, prompt = row(1, 9, (2,)), row(40, 0, (5, 6, 7))
-    assert size(prompt) == MixedSize(16, 64)
-    assert size(prompt, prompt) == MixedSize(16, 128)
-    assert size(*[decode] * 17, prompt) == MixedSize(64, 64)
-    assert size(*[decode] * 200, prompt) == MixedSize(256, 64)
+    assert size(prompt) == MixedSize(64, 0)
+    assert size(prompt, prompt) == MixedSize(128, 0)
+    assert size(decode, prompt) == MixedSize(64, 16)
+    assert size(*[decode] * 17, prompt) == MixedSize(128, 64)
+    assert size(*[decode] * 200, prompt) == MixedSize(320, 256)
     assert size(*[decode] * 3) is None  # no prompt
     assert size(*[row(2, 0, (2,))] * (MAX_PROMPTS + 1)) is None
-    assert size(*[row(64, 0, (2, 3, 4, 5))] * 32) == MixedSize(16, 2048)
-    assert size(row(50, 0, (5, 6, 7, 8)), *[row(64, 0, (2, 3, 4, 5))] * 32) is None
+    full = [row(64, 0, (2, 3, 4, 5))] * 31
+    assert size(*full, row(64, 0, (2, 3, 4, 5))) == MixedSize(2048, 0)
+    # as many tokens as a step beside decodes may have: rows from 65 on are padded to 128
+    assert size(*[decode] * 65, *full[1:], row(63, 0, (5, 6, 7, 8))) == MixedSize(2176, 128)
+    assert size(row(200, 0, tuple(range(13))), *full) is None
     assert size(prompt._replace(scored_token_ids=prompt.token_ids[1:])) is None
     # tables are as wide as rows may be, but no wider than pays
     graphs = MixedGraphs(AnySize(), 256, 8192, 4096, device)  # type: ignore[arg-type]
-    assert size(prompt) == MixedSize(16, 64)
+    assert size(prompt) == MixedSize(64, 0)
     assert size(row(40, 0, tuple(range(1025)))) is None
+
+
+def test_sizes_that_hide_their_launches_are_not_captured(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanoinfer_engine import mixed_graphs
+
+    captured = Recorded(most=20)
+    graphs = mixed_graphs.MixedGraphs(captured, 64, 8192, 4, device)  # type: ignore[arg-type]
+    seen: list[int] = []
+
+    def lag(run: Any) -> float:
+        run()
+        return seen[-1] / 600
+
+    def launch(inputs: Any) -> torch.Tensor:
+        seen.append(len(inputs.token_ids))
+        return torch.empty(0)
+
+    monkeypatch.setattr(mixed_graphs, "device_lag", lag)
+    graphs.capture(launch)
+    # 1.5 · 600 tokens and more are launched one by one; after 20 there is no memory left
+    assert captured.keys == sorted(captured.keys, reverse=True)
+    assert len(captured.keys) == 20
+    assert [tuple(vars(key).values()) for key in captured.keys[:4]] == [
+        (896, 64),
+        (896, 16),
+        (896, 0),
+        (768, 64),
+    ]
+    assert len(seen) < 8  # they are searched, not tried one after another
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow
 from nanoinfer_engine.checkpoints import open_checkpoint
 from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import EngineConfig
@@ -23,7 +22,7 @@ from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.weights import load_weights
 
 from tests.engine.rank_processes import run_ranks
-from tests.gpu.test_runner import GREEDY, GUIDE, assert_same, generate, make_runner, prompts
+from tests.gpu.test_runner import GUIDE, assert_same, device_logits, generate, make_runner, prompts
 
 CONFIG = EngineConfig(
     GUIDE, device="cuda", dtype="float16", max_batch_tokens=512, max_batch_requests=64
@@ -34,32 +33,12 @@ gpu = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-def logits_in(runner: ModelRunner, batch: Batch) -> torch.Tensor:
-    """The logits of a step, as the device samples from them."""
-    steps, seen = runner._steps, []
-    assert steps is not None
-    original = steps._decoder.logits
-
-    def spy(*arguments: object, **keywords: object) -> torch.Tensor:
-        seen.append(original(*arguments, **keywords))
-        return seen[-1]
-
-    steps._decoder.logits = spy
-    try:
-        runner.execute(batch)
-    finally:
-        del steps._decoder.logits
-    (logits,) = seen
-    return logits.float().cpu()
-
-
 def measure(config: EngineConfig, rank: Rank) -> dict[str, object]:
     """What both ranks, and one GPU alone, are compared in."""
     runner = ModelRunner(config, rank=rank)
     weights = sum(each.nbytes for each in runner._model.parameters())
     runner.warm_up()
     (prompt,) = prompts(1, 3)
-    blocks = tuple(range(-(-len(prompt) // runner.block_size)))
     steps = runner._steps
     assert steps is not None
     texts = prompts(20, 8)
@@ -68,7 +47,8 @@ def measure(config: EngineConfig, rank: Rank) -> dict[str, object]:
         "blocks": runner.num_blocks,
         "fingerprint": runner.weights_fingerprint,
         "graphs": steps.graphs.sizes,
-        "logits": logits_in(runner, Batch((BatchRow(prompt, 0, blocks, True, GREEDY),))),
+        "mixed graphs": steps.mixed_graphs.sizes,
+        "logits": device_logits(runner, prompt),
         "one row": generate(runner, prompts(1, 1), 48),
         "many rows": generate(runner, prompts(40, 40), 12),
         "chunks": generate(runner, prompts(12, 5, longest=700), 24, max_batch_tokens=64),
@@ -90,8 +70,11 @@ def measured() -> list[dict[str, object]]:
 @two_gpus
 def test_both_ranks_draw_the_same(measured: list[dict[str, object]]) -> None:
     first, second, _ = measured
-    for name in ("one row", "many rows", "chunks", "sampled", "with log-probabilities", "graphs"):
+    for name in ("one row", "many rows", "chunks", "sampled", "with log-probabilities"):
         assert first[name] == second[name], name
+    assert first["graphs"] == second["graphs"]
+    assert first["mixed graphs"] == second["mixed graphs"]
+    assert first["mixed graphs"]
     assert first["blocks"] == second["blocks"]
     assert torch.equal(first["logits"], second["logits"])  # type: ignore[arg-type]
 

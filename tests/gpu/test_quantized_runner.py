@@ -10,7 +10,7 @@ from nanoinfer_engine.batch import Batch, BatchRow
 from nanoinfer_engine.runner import ModelRunner
 from torch import Tensor
 
-from tests.gpu.test_runner import GREEDY, generate, make_runner, prompts
+from tests.gpu.test_runner import GREEDY, eager_logits, generate, make_runner, prompts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,24 +46,8 @@ def steps_of(runner: ModelRunner) -> Any:
 
 
 def logits_of(runner: ModelRunner, chunks: list[list[BatchRow]]) -> list[Tensor]:
-    """Logits of each step, eager so that they can be looked at."""
-    seen: list[Tensor] = []
-    steps = steps_of(runner)
-    decoder, original = steps._decoder, steps._decoder.logits
-    can_replay = steps.graphs.can_replay
-
-    def spy(*arguments: object, **keywords: object) -> Tensor:
-        seen.append(original(*arguments, **keywords))
-        return seen[-1]
-
-    decoder.logits, steps.graphs.can_replay = spy, lambda _: False
-    try:
-        for rows in chunks:
-            runner.execute(Batch(tuple(rows)))
-    finally:
-        del decoder.logits
-        steps.graphs.can_replay = can_replay
-    return [each.double().cpu() for each in seen]
+    """Logits of each step."""
+    return eager_logits(runner, [Batch(tuple(rows)) for rows in chunks])
 
 
 def rows_at(start: int, stop: int, count: int) -> list[BatchRow]:

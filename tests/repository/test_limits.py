@@ -10,7 +10,7 @@ ROOMS = {
     "clients/python/nanoinfer": 2600,
     "services/common/nanoinfer_common": 2260,
     "services/tokenizer/nanoinfer_tokenizer": 1870,
-    "services/engine/nanoinfer_engine": 11340,
+    "services/engine/nanoinfer_engine": 11400,
     "gateway/nanoinfer_gateway": 2220,
 }
 MAX_FILE_LINES = 300

@@ -36,7 +36,11 @@ Lists = Mapping[int, Sequence[Algorithm]]
 """The fastest algorithms by the number of rows at which they were looked for."""
 
 _DECODE_STEP = 32
-_PROMPT_ROWS = (MANY_ROWS, 2048, 16384, 65536)
+_SEARCHED_PROMPTS = (MANY_ROWS, 2048, 16384, 65536)
+# between 256 and 2,048 rows a product has few tiles, so which ones fit changes with every size
+_PROMPT_ROWS = sorted(
+    {*range(320, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 4096, *_SEARCHED_PROMPTS}
+)
 
 _TUNED_BYTES = 256 << 20
 _CLOSE, _BETTER = 1.15, 0.997
@@ -226,7 +230,7 @@ def _lists(linears: Sequence[Linear], sizes: Sequence[int]) -> Lists:
         return {}
     weights, joins = [each.weight for each in linears], linears[0].joins
     lists: dict[int, Sequence[Algorithm]] = {}
-    for rows in {*REFINED_ROWS, *_PROMPT_ROWS, sizes[-1]}.intersection(sizes) - {1}:
+    for rows in {*REFINED_ROWS, *_SEARCHED_PROMPTS, sizes[-1]}.intersection(sizes) - {1}:
         try:
             lists[rows] = shortlist(weights, rows, joins=joins)
         except Exception as error:  # what cannot be looked for is cuBLAS's own choice

@@ -3,12 +3,13 @@
 So a small step costs the host one launch instead of some 300. A graph has room for `decode_rows`
 rows of one token, then for `prompt_tokens` tokens of prompts. What is not used is padding: rows
 without a context, tokens without a slot, a prompt of no tokens that tiles without work belong to,
-and rows that choose an id that nobody reads.
+and rows that choose an id that nobody reads. Sizes at which the device takes longer than the host
+are left out: there padding costs more than launches.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -31,20 +32,32 @@ from nanoinfer_engine.device_inputs import (
     prompt_plan,
 )
 from nanoinfer_engine.kernels.prompts import QUERY_TILE
+from nanoinfer_engine.tuning import device_lag
+
+_LOG = logging.getLogger(__name__)
 
 MAX_PROMPTS = 32
-_DECODE_ROWS = (16, 64, 128)  # and as many as a step may have
-_PROMPT_TOKENS = (*range(64, 1024, 64), *range(1024, 2049, 128))
+_DECODE_ROWS = (0, 16, 64, 128)  # and as many as a step may have
+_LEAST_PROMPT = 48
+# the last one for 2,048 tokens, some of them decode rows, with those rows' padding
+_TOKENS = (*range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048, 2176)
 # of a row; longer tables would take longer to bring than launches take
 _MAX_BLOCKS = 1024
+# from how many times the launches' time on: in the service other threads delay the launches
+_WORTH = 1.5
 
 
 @dataclass(frozen=True, order=True)
 class MixedSize:
-    """What a graph has room for."""
+    """What a graph has room for: `num_tokens`, of them `decode_rows` as rows of one token."""
 
+    num_tokens: int
     decode_rows: int
-    prompt_tokens: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """What is left for prompts."""
+        return self.num_tokens - self.decode_rows
 
 
 @dataclass(frozen=True)
@@ -80,34 +93,44 @@ class MixedGraphs:
         self._captured, self._device = captured, device
         self._max_rows, self._max_blocks = max_rows, min(max_blocks, _MAX_BLOCKS)
         rows = sorted({*(min(count, max_rows) for count in _DECODE_ROWS), max_rows})
-        tokens = _PROMPT_TOKENS[: bisect_left(_PROMPT_TOKENS, max_tokens) + 1]
-        self._fields = {
-            size: self._lay_out(size)
-            for size in (MixedSize(*each) for each in itertools.product(rows, tokens))
-        }
-        self._sizes = sorted(self._fields)
+        self._tokens = _TOKENS[: bisect_left(_TOKENS, max_tokens) + 1]
+        sizes = [MixedSize(tokens, count) for tokens in self._tokens for count in rows]
+        self._sizes = [size for size in sizes if size.prompt_tokens >= _LEAST_PROMPT]
+        self._fields = {size: self._lay_out(size) for size in self._sizes}
         length = max(fields[-1].stop for fields in self._fields.values())
         self._memory = torch.zeros(length, dtype=torch.int32, device=device)
 
+    @property
+    def sizes(self) -> tuple[MixedSize, ...]:
+        """The captured sizes, ascending."""
+        return tuple(size for size in self._sizes if size in self._captured)
+
     def capture(self, run: Callable[[MixedInputs], Tensor]) -> None:
-        """Capture `run` for each size, the largest first, as far as memory lasts."""
+        """Capture `run` where its launches take long, the largest size first, as memory lasts."""
+
+        def is_worth(tokens: int) -> bool:
+            lag = device_lag(partial(run, self._nothing(MixedSize(tokens, 0))))
+            return self._captured.agree(lag < _WORTH)
+
+        most = bisect_left(self._tokens, True, key=lambda tokens: not is_worth(tokens))
         for size in reversed(self._sizes):
-            self._copy(self._padding(size))
-            if not self._captured.capture(size, partial(run, self.inputs(size))):
-                return
+            if size.num_tokens not in self._tokens[:most]:
+                continue
+            if not self._captured.capture(size, partial(run, self._nothing(size))):
+                break
+        _LOG.debug("captured %d sizes of steps with prompts: %s", len(self.sizes), self.sizes[-1:])
 
     def size(self, layout: MixedLayout, rows: Sequence[BatchRow]) -> MixedSize | None:
         """The smallest captured size with room for the step of these `rows`; None without."""
         num_decodes, num_prompts = layout.num_decode_rows, len(rows) - layout.num_decode_rows
-        num_tokens = len(layout.token_ids) - num_decodes
-        if not 0 < num_prompts <= MAX_PROMPTS or num_tokens > _PROMPT_TOKENS[-1]:
+        if not 0 < num_prompts <= MAX_PROMPTS:
             return None
         if any(row.scored_token_ids or len(row.block_ids) > self._max_blocks for row in rows):
             return None
-        prompt_tokens = _PROMPT_TOKENS[bisect_left(_PROMPT_TOKENS, num_tokens)]
+        num_tokens = len(layout.token_ids) - num_decodes
         for size in self._sizes:
-            is_tight = size.prompt_tokens == prompt_tokens
-            if is_tight and size.decode_rows >= num_decodes and size in self._captured:
+            has_room = size.decode_rows >= num_decodes and size.prompt_tokens >= num_tokens
+            if has_room and size in self._captured:
                 return size
         return None
 
@@ -131,6 +154,11 @@ class MixedGraphs:
         sampling = device_sampling(options[:, : len(sampled_tokens)])
         return MixedInputs(token_ids, origin, plan, sampled_tokens, sampling)
 
+    def _nothing(self, size: MixedSize) -> MixedInputs:
+        """The same, all of it padding."""
+        self._copy(self._padding(size))
+        return self.inputs(size)
+
     def _padding(self, size: MixedSize) -> Tensor:
         """A step of nothing, on the host; new memory, for the last may still be on its way."""
         fields, pinned = self._fields[size], self._device.type == "cuda"
@@ -148,8 +176,8 @@ class MixedGraphs:
         options = np.zeros((SAMPLING_FIELDS, 1), dtype=np.int32)
         options[1] = -1  # no slot
         shapes: list[tuple[tuple[int, ...], object]] = [
-            ((rows + tokens,), 0),  # ids
-            ((rows + tokens,), -1),  # sources
+            ((size.num_tokens,), 0),  # ids
+            ((size.num_tokens,), -1),  # sources
             ((rows, width), 0),  # tables
             ((rows,), 0),  # contexts
             ((sampled,), 0),  # sampled tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import cache
 
@@ -28,6 +29,22 @@ def time_graph(run: Callable[[], object], repeats: int = 3) -> float:
         ended.synchronize()
         times.append(began.elapsed_time(ended) * 1000)
     return float(statistics.median(times))
+
+
+def device_lag(run: Callable[[], object], repeats: int = 3) -> float:
+    """How many times as long the device takes to end `run` as the host to launch it.
+
+    1 where the device waits for launches; the median, so that compiling does not count.
+    """
+    lags: list[float] = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        launched = time.perf_counter() - began
+        torch.cuda.synchronize()
+        lags.append((time.perf_counter() - began) / launched)
+    return float(statistics.median(lags))
 
 
 @cache
