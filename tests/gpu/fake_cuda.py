@@ -61,9 +61,6 @@ class CapturedSteps:
         self._steps[key] = run
         return True
 
-    def agree(self, condition: bool) -> bool:
-        return condition
-
     def replay(self, key: Hashable) -> Tensor:
         self.replayed.append(key)
         return self._steps[key]()

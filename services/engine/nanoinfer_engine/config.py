@@ -25,7 +25,7 @@ class EngineConfig:
     `max_model_len` None means what the model allows. `quantization` "fp8" keeps the layers' linears
     in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in `dtype`. With
     `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
-    With `mixed_graphs` steps with prompts are captured on CUDA, not decode steps alone.
+    With `mixed_graphs` small steps with prompts are captured on one CUDA device, not decodes alone.
     """
 
     model_path: Path

@@ -40,10 +40,6 @@ class CapturedSteps:
         """Whether it was captured."""
         return key in self._graphs
 
-    def agree(self, condition: bool) -> bool:
-        """Whether it holds on every rank."""
-        return bool(self._least(condition))
-
     def capture(self, key: Hashable, run: Callable[[], Tensor]) -> bool:
         """Capture `run`, which must only launch, on memory that stays; False where none is left."""
         if self._free_before is None:
@@ -51,7 +47,7 @@ class CapturedSteps:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         taken = self._free_before - torch.cuda.mem_get_info()[0]
-        if not self.agree(taken <= self._memory_budget):
+        if not self._least(taken <= self._memory_budget):
             return False
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())

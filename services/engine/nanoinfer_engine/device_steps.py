@@ -114,7 +114,8 @@ class DeviceSteps:
     ) -> None:
         """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_model_len` tokens.
 
-        `num_blocks` are all that there are. With `mixed_graphs` steps with prompts are graphs, too.
+        `num_blocks` are all that there are. With `mixed_graphs` small steps with prompts are
+        graphs, too, on one device: with several that has not been tried.
         """
         self._rank, self._choices = rank, choices
         self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
@@ -130,7 +131,7 @@ class DeviceSteps:
         captured = CapturedSteps(_GRAPH_MEMORY, rank.least)
         self.graphs = DecodeGraphs(captured)
         self.mixed_graphs = MixedGraphs(captured, max_rows, max_tokens, max_blocks, device)
-        self._captures_mixed = mixed_graphs
+        self._captures_mixed = mixed_graphs and rank.size == 1
         self._clock = DeviceClock()
 
     def prepare(self) -> None:

@@ -9,6 +9,7 @@ are left out: there padding costs more than launches.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from bisect import bisect_left
@@ -43,7 +44,7 @@ _LEAST_PROMPT = 48
 _TOKENS = (*range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048, 2176)
 # of a row; longer tables would take longer to bring than launches take
 _MAX_BLOCKS = 1024
-# from how many times the launches' time on: in the service other threads delay the launches
+# so many times as long as the host at most: in the service other threads delay the launches
 _WORTH = 1.5
 
 
@@ -93,7 +94,8 @@ class MixedGraphs:
         self._captured, self._device = captured, device
         self._max_rows, self._max_blocks = max_rows, min(max_blocks, _MAX_BLOCKS)
         rows = sorted({*(min(count, max_rows) for count in _DECODE_ROWS), max_rows})
-        self._tokens = _TOKENS[: bisect_left(_TOKENS, max_tokens) + 1]
+        padding = max(more - fewer for fewer, more in itertools.pairwise(rows)) - 1
+        self._tokens = _TOKENS[: bisect_left(_TOKENS, max_tokens + padding) + 1]
         sizes = [MixedSize(tokens, count) for tokens in self._tokens for count in rows]
         self._sizes = [size for size in sizes if size.prompt_tokens >= _LEAST_PROMPT]
         self._fields = {size: self._lay_out(size) for size in self._sizes}
@@ -108,11 +110,10 @@ class MixedGraphs:
     def capture(self, run: Callable[[MixedInputs], Tensor]) -> None:
         """Capture `run` where its launches take long, the largest size first, as memory lasts."""
 
-        def is_worth(tokens: int) -> bool:
-            lag = device_lag(partial(run, self._nothing(MixedSize(tokens, 0))))
-            return self._captured.agree(lag < _WORTH)
+        def is_in_vain(tokens: int) -> bool:
+            return device_lag(partial(run, self._nothing(MixedSize(tokens, 0)))) >= _WORTH
 
-        most = bisect_left(self._tokens, True, key=lambda tokens: not is_worth(tokens))
+        most = bisect_left(self._tokens, True, key=is_in_vain)
         for size in reversed(self._sizes):
             if size.num_tokens not in self._tokens[:most]:
                 continue

@@ -82,7 +82,7 @@ class EngineSettings(ServiceSettings):
         True, description="Reuse the KV cache of prompts that begin alike, within a tenant."
     )
     mixed_graphs: bool = Field(
-        True, description="On CUDA, small steps with prompts run as graphs, not decodes alone."
+        True, description="On one CUDA device small steps with prompts run as graphs, too."
     )
     stall_seconds: float = Field(
         60.0,
