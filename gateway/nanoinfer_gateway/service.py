@@ -1,6 +1,5 @@
 """GatewayService: the eight RPCs, proto in and proto out, over the one generation core."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, nullcontext
@@ -10,12 +9,10 @@ from typing import Any
 import grpc
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import gateway_pb2_grpc, generation_pb2
-from nanoinfer_common import names
-from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.status import ServiceStatus
+from nanoinfer_common.stream_writes import StreamWriter, WriteSlots
 from nanoinfer_common.telemetry import add_to_log_line, set_attributes
 from nanoinfer_common.validation import Limits
-from nanoinfer_common.write_slots import WriteSlots
 
 from nanoinfer_gateway import addresses
 from nanoinfer_gateway.admission import Admission, Bounds
@@ -49,6 +46,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         self._metrics = GatewayMetrics()
         self.registry = self._metrics.registry
         self._slots = WriteSlots(settings.num_write_slots)
+        self._writer = StreamWriter(settings.stall_seconds)
         self._admission = Admission(
             Bounds(
                 settings.max_requests,
@@ -234,7 +232,6 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
 
         Written here rather than yielded, so that a cancel during a write ends everything at once.
         """
-        seconds = self._settings.stall_seconds
         async with aclosing(updates):
             async for update in updates:
                 message = response(
@@ -243,12 +240,4 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
                     finishes=update.finishes,
                     summary=update.summary,
                 )
-                try:
-                    async with asyncio.timeout(seconds):
-                        await context.write(message)
-                except TimeoutError as error:
-                    raise ServiceError(
-                        grpc.StatusCode.RESOURCE_EXHAUSTED,
-                        names.STREAM_STALLED,
-                        f"the client took no message for {seconds:g} s",
-                    ) from error
+                await self._writer.write(context, message)

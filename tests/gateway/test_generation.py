@@ -12,7 +12,7 @@ import grpc
 import pytest
 from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common.errors import ServiceError, unavailable
-from nanoinfer_common.write_slots import WriteSlots
+from nanoinfer_common.stream_writes import WriteSlots
 from nanoinfer_gateway.collecting import collect
 from nanoinfer_gateway.completions import Update
 from nanoinfer_gateway.generation import (

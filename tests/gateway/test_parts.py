@@ -10,7 +10,7 @@ import pytest
 from nanoinfer.v1 import generation_pb2
 from nanoinfer_common.config import parse_settings
 from nanoinfer_common.errors import ServiceError
-from nanoinfer_common.write_slots import WriteSlots
+from nanoinfer_common.stream_writes import WriteSlots
 from nanoinfer_gateway import addresses
 from nanoinfer_gateway.catalogue import list_page
 from nanoinfer_gateway.settings import GatewaySettings

@@ -17,16 +17,15 @@ import structlog
 from nanoinfer.v1 import engine_pb2, engine_pb2_grpc
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common import errors, names, telemetry
-from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.server import ServiceStatus, StartError
+from nanoinfer_common.stream_writes import StreamWriter, WriteSlots
 from nanoinfer_common.validation import (
     RequestMetadata,
     read_metadata,
     validate_prompt_ids,
     validate_request,
 )
-from nanoinfer_common.write_slots import WriteSlots
 from prometheus_client import CollectorRegistry
 
 from nanoinfer_engine.answers import Answer
@@ -69,6 +68,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self._model: ServedModel | None = None
         self._num_blocks = 0
         self._slots = WriteSlots()
+        self._writer = StreamWriter(settings.reader_stall_seconds)
         config = settings.engine_config()
         self._engine = Engine(
             config,
@@ -197,24 +197,10 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 outputs = stream.take()
                 message = answer.message(outputs)
                 if message is not None:
-                    await self._write(message, context)
+                    await self._writer.write(context, message)
             for output in outputs:
                 if error := failure(output, answer.num_sent_tokens):
                     raise error
-
-    async def _write(
-        self, message: engine_pb2.EngineServiceGenerateResponse, context: Context
-    ) -> None:
-        seconds = self._settings.reader_stall_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                await context.write(message)
-        except TimeoutError as error:
-            raise ServiceError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                names.STREAM_STALLED,
-                f"the client took no message for {seconds:g} s",
-            ) from error
 
     def _validate(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from nanoinfer_common.config import parse_settings
-from nanoinfer_common.write_slots import WriteSlots
+from nanoinfer_common.stream_writes import WriteSlots
 from nanoinfer_engine.config import CheckpointError
 from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.settings import EngineSettings

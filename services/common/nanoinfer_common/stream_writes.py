@@ -1,0 +1,92 @@
+"""Writing stream messages: how many at one time, and for how long.
+
+With a write in flight per stream, grpc.aio never lets anything pile up, and every token becomes a
+message. With a few slots, taken in order and before a stream's buffer is emptied, what piles up
+while a stream waits leaves as one message; without load nobody waits. A timer for each message
+would cost as much as building it, so late ones are found with one for all (`overdue`).
+"""
+
+import asyncio
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import Message
+
+from nanoinfer_common import names
+from nanoinfer_common.errors import ServiceError
+from nanoinfer_common.overdue import Overdue
+
+NUM_SLOTS: Final = 8
+# A reader that stopped reading must not keep the others waiting: its write goes on without a slot.
+MAX_HOLD_SECONDS: Final = 0.1
+
+
+class WriteSlots:
+    """A first-come-first-served set of slots, each held for a short time at most."""
+
+    def __init__(
+        self, num_slots: int = NUM_SLOTS, max_hold_seconds: float = MAX_HOLD_SECONDS
+    ) -> None:
+        self._free = asyncio.Semaphore(num_slots)
+        self._held: Overdue[_Hold] = Overdue(max_hold_seconds, lambda _: self._free.release())
+
+    def hold(self) -> "_Hold":
+        """Hold a slot while an `async with` block runs, but not longer than the bound."""
+        return _Hold(self._free, self._held)
+
+
+class _Hold:
+    def __init__(self, free: asyncio.Semaphore, held: "Overdue[_Hold]") -> None:
+        self._free, self._held = free, held
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+        self._held.add(self)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._held.discard(self):
+            self._free.release()
+
+
+class StreamWriter:
+    """Writes messages, and ends a stream whose reader takes none for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._running: Overdue[_Write] = Overdue(seconds, _Write.give_up)
+
+    async def write(self, context: Any, message: Message) -> None:
+        """Write one; raises ServiceError STREAM_STALLED where it takes too long."""
+        write = _Write()
+        self._running.add(write)
+        try:
+            await context.write(message)
+        except asyncio.CancelledError as error:
+            if not write.was_given_up():
+                raise
+            raise ServiceError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                names.STREAM_STALLED,
+                f"the client took no message for {self._seconds:g} s",
+            ) from error
+        finally:
+            self._running.discard(write)
+
+
+class _Write:
+    """A write of the present task."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("outside any task")
+        self._task, self._num_cancels = task, task.cancelling()
+        self._is_given_up = False
+
+    def give_up(self) -> None:
+        self._is_given_up = True
+        self._task.cancel()
+
+    def was_given_up(self) -> bool:
+        """Whether nobody else cancelled the task; takes the cancel back, as `asyncio.timeout`."""
+        return self._is_given_up and self._task.uncancel() <= self._num_cancels
