@@ -19,11 +19,12 @@ class Overdue(Generic[Entry]):
         self._seconds = seconds
         self._call = call
         self._since: dict[Entry, float] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None  # asked for once: that is a system call
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, entry: Entry) -> None:
         """From now on its time runs."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         self._since[entry] = loop.time()
         if self._timer is None:
             self._timer = loop.call_later(self._seconds, self._look)
