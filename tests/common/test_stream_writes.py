@@ -1,6 +1,7 @@
 """Stream messages: readers that take nothing, and entries that stay too long."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.overdue import Overdue
-from nanoinfer_common.stream_writes import StreamWriter
+from nanoinfer_common.stream_writes import StreamWriter, WriteSlots
 
 
 class Context:
@@ -25,10 +26,10 @@ class Context:
 
 
 async def test_a_message_that_is_taken_in_time_is_just_written() -> None:
-    writer, context = StreamWriter(0.05), Context(0.01)
-    for _ in range(20):  # longer together than one may take
+    writer, context = StreamWriter(0.5), Context(0.05)
+    for _ in range(15):  # longer together than one may take
         await writer.write(context, Empty())
-    assert len(context.taken) == 20
+    assert len(context.taken) == 15
     assert not asyncio.current_task().cancelling()  # type: ignore[union-attr]
 
 
@@ -80,20 +81,91 @@ async def test_a_cancel_from_elsewhere_stays_one(seconds: float) -> None:
         await task
 
 
+async def test_a_stall_is_one_where_the_task_was_cancelled_before() -> None:
+    async def stream() -> None:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            await StreamWriter(0.02).write(Context(30), Empty())
+
+    task = asyncio.create_task(stream())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(ServiceError):
+        await task
+
+
+async def test_what_became_of_the_write_decides_nothing_about_the_cancel() -> None:
+    class Late(Context):
+        async def write(self, message: Message) -> None:
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                raise ConnectionError from None
+
+    with pytest.raises(ConnectionError):
+        await StreamWriter(0.02).write(Late(), Empty())
+    assert not asyncio.current_task().cancelling()  # type: ignore[union-attr]
+
+
+async def test_a_waiter_that_was_cancelled_gives_no_slot_away() -> None:
+    slots = WriteSlots(num_slots=1, max_hold_seconds=0.05)
+
+    async def hold(seconds: float) -> None:
+        nonlocal inside, most
+        async with slots.hold():
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(seconds)
+            inside -= 1
+
+    inside = most = 0
+    async with slots.hold():
+        waiting = asyncio.create_task(hold(0))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    await asyncio.sleep(0.1)  # what nobody holds is not given back
+    await asyncio.gather(*[hold(0.001) for _ in range(10)])
+    assert most == 1
+
+
+async def test_one_timer_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, timers = asyncio.get_running_loop(), []
+
+    def call_later(seconds: float, *_: object) -> Any:
+        timers.append(seconds)
+        return object()
+
+    overdue = Overdue[int](30, lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_later", call_later)
+        for entry in range(100):
+            overdue.add(entry)
+            overdue.discard(entry - 1)
+    assert timers == [30]
+
+
 async def test_what_stays_too_long_is_told_once_and_in_order() -> None:
     late: list[str] = []
-    overdue = Overdue[str](0.05, late.append)
+    overdue = Overdue[str](0.2, late.append)
     overdue.add("first")
-    await asyncio.sleep(0.03)
+    await asyncio.sleep(0.15)
     overdue.add("second")
     overdue.add("gone")
     assert overdue.discard("gone")
     assert not overdue.discard("gone")
-    await asyncio.sleep(0.03)
+    await eventually(lambda: bool(late))
     assert late == ["first"]
-    await asyncio.sleep(0.05)
+    await eventually(lambda: len(late) > 1)
     assert late == ["first", "second"]
     assert not overdue.discard("second")
     overdue.add("third")  # and again, after a pause
-    await asyncio.sleep(0.08)
+    await eventually(lambda: len(late) > 2)
     assert late == ["first", "second", "third"]
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not holds():
+            await asyncio.sleep(0.005)

@@ -11,7 +11,7 @@ class Overdue(Generic[Entry]):
     """Entries of an event loop, each of which may stay for `seconds`.
 
     All may stay equally long, so the oldest is always the next: adding and discarding cost a
-    dictionary's entry, and the timer goes off once in `seconds` at most unless something is late.
+    dictionary's entry, and where entries leave soon the timer goes off about once in `seconds`.
     """
 
     def __init__(self, seconds: float, call: Callable[[Entry], None]) -> None:
@@ -23,7 +23,7 @@ class Overdue(Generic[Entry]):
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, entry: Entry) -> None:
-        """From now on its time runs."""
+        """From now on its time runs; `entry` is not there yet."""
         loop = self._loop = self._loop or asyncio.get_running_loop()
         self._since[entry] = loop.time()
         if self._timer is None:

@@ -57,36 +57,37 @@ class StreamWriter:
 
     async def write(self, context: Any, message: Message) -> None:
         """Write one; raises ServiceError STREAM_STALLED where it takes too long."""
-        write = _Write()
-        self._running.add(write)
-        try:
+        with _Write(self._running, self._seconds):
             await context.write(message)
-        except asyncio.CancelledError as error:
-            if not write.was_given_up():
-                raise
-            raise ServiceError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                names.STREAM_STALLED,
-                f"the client took no message for {self._seconds:g} s",
-            ) from error
-        finally:
-            self._running.discard(write)
 
 
 class _Write:
-    """A write of the present task."""
+    """What a task waits for, cancelled when it takes too long: as `asyncio.timeout` does it."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: "Overdue[_Write]", seconds: float) -> None:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("outside any task")
         self._task, self._num_cancels = task, task.cancelling()
+        self._running, self._seconds = running, seconds
         self._is_given_up = False
 
     def give_up(self) -> None:
         self._is_given_up = True
         self._task.cancel()
 
-    def was_given_up(self) -> bool:
-        """Whether nobody else cancelled the task; takes the cancel back, as `asyncio.timeout`."""
-        return self._is_given_up and self._task.uncancel() <= self._num_cancels
+    def __enter__(self) -> None:
+        self._running.add(self)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        self._running.discard(self)
+        if not self._is_given_up:
+            return
+        # taken back whatever came of it; ours is the end only if nobody else cancelled the task
+        was_ours = self._task.uncancel() <= self._num_cancels
+        if was_ours and kind is asyncio.CancelledError:
+            raise ServiceError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                names.STREAM_STALLED,
+                f"the client took no message for {self._seconds:g} s",
+            )
