@@ -195,6 +195,7 @@ async def run(addresses: dict[str, str], options: argparse.Namespace) -> list[di
         "prompt_tokens": round(statistics.mean(map(len, prompts))),
         "max_tokens": options.max_tokens,
         "device": device_name(options.device),
+        "mixed_graphs": options.mixed_graphs,
         "date": datetime.date.today().isoformat(),
     }
     facts |= {"commit": options.commit} if options.commit else {}
@@ -226,6 +227,7 @@ def served_model(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]
     """A model's directory, and flags of its engine; one of random numbers is deleted afterwards."""
     max_requests = options.max_batch_requests or max(64, *options.streams)
     flags = ["--device", options.device, "--max-batch-requests", str(max_requests)]
+    flags += [] if options.mixed_graphs else ["--no-mixed-graphs"]
     flags += [] if options.threads is None else ["--threads", str(options.threads)]
     if options.shape is None:
         yield options.model, flags
@@ -270,6 +272,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-batch-requests", type=int, help="64, or as many as streams")
+    parser.add_argument("--mixed-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=None, help="threads of the engine")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="to be noted in the results")

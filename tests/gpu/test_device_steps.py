@@ -12,6 +12,7 @@ import pytest
 import torch
 from nanoinfer_engine.batch import Batch, Step
 from nanoinfer_engine.capacity import Capacity
+from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import EngineConfig
 from nanoinfer_engine.pipeline import Pipeline
 from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
@@ -49,7 +50,9 @@ class Served:
     sizes: list[Any] = field(default_factory=list)
 
 
-def make_steps(path: Path, patch: pytest.MonkeyPatch, *, mixed_graphs: bool) -> Any:
+def make_steps(
+    path: Path, patch: pytest.MonkeyPatch, *, mixed_graphs: bool, rank: Rank = ALONE
+) -> Any:
     from nanoinfer_engine import device_steps
     from nanoinfer_engine import mixed_graphs as sizes
 
@@ -72,7 +75,8 @@ def make_steps(path: Path, patch: pytest.MonkeyPatch, *, mixed_graphs: bool) -> 
             NUM_BLOCKS,
             device,
             NothingChosen(),  # type: ignore[arg-type]
-            mixed_graphs=mixed_graphs,
+            rank,
+            mixed_graphs,
         )
         steps.prepare()
     return steps
@@ -134,3 +138,12 @@ def test_steps_with_prompts_as_graphs_give_the_same(
     # a prompt that is scored is not captured
     assert padded.kinds.count("eager") == (SCORED in options)
     assert len(padded.sizes) == 2 - (SCORED in options)
+
+
+def test_one_of_several_ranks_captures_decodes_alone(device: torch.device, tmp_path: Path) -> None:
+    path = make_checkpoint("llama3", tmp_path)
+    for rank, captures in ((ALONE, True), (Rank(0, 2), False)):
+        with pytest.MonkeyPatch.context() as patch:
+            steps = make_steps(path, patch, mixed_graphs=True, rank=rank)
+        assert bool(steps.mixed_graphs.sizes) == captures
+        assert steps.graphs.sizes == (1, MAX_ROWS)

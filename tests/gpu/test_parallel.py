@@ -47,6 +47,7 @@ def measure(config: EngineConfig, rank: Rank) -> dict[str, object]:
         "blocks": runner.num_blocks,
         "fingerprint": runner.weights_fingerprint,
         "graphs": steps.graphs.sizes,
+        "mixed graphs": steps.mixed_graphs.sizes,
         "logits": device_logits(runner, prompt),
         "one row": generate(runner, prompts(1, 1), 48),
         "many rows": generate(runner, prompts(40, 40), 12),
@@ -71,6 +72,7 @@ def test_both_ranks_draw_the_same(measured: list[dict[str, object]]) -> None:
     first, second, _ = measured
     for name in ("one row", "many rows", "chunks", "sampled", "with log-probabilities", "graphs"):
         assert first[name] == second[name], name
+    assert first["mixed graphs"] == second["mixed graphs"] == ()  # each would measure for itself
     assert first["blocks"] == second["blocks"]
     assert torch.equal(first["logits"], second["logits"])  # type: ignore[arg-type]
 

@@ -135,7 +135,7 @@ class DeviceSteps:
         self._clock = DeviceClock()
 
     def prepare(self) -> None:
-        """Choose kernels, capture the decode graphs; what exists then is never collected."""
+        """Choose kernels, capture the graphs; what exists then is never collected."""
         if not self._decoder.restore(self._choices.read() or {}):
             self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
             torch.cuda.empty_cache()  # of prompts as long as any

@@ -40,7 +40,7 @@ _LOG = logging.getLogger(__name__)
 MAX_PROMPTS = 32
 _DECODE_ROWS = (0, 16, 64, 128)  # and as many as a step may have
 _LEAST_PROMPT = 48
-# the last one for 2,048 tokens, some of them decode rows, with those rows' padding
+# the last one for 2,048 tokens, some of them decode rows, with the padding of up to 256 rows
 _TOKENS = (*range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048, 2176)
 # of a row; longer tables would take longer to bring than launches take
 _MAX_BLOCKS = 1024
@@ -108,7 +108,10 @@ class MixedGraphs:
         return tuple(size for size in self._sizes if size in self._captured)
 
     def capture(self, run: Callable[[MixedInputs], Tensor]) -> None:
-        """Capture `run` where its launches take long, the largest size first, as memory lasts."""
+        """Capture `run` where its launches take long, the largest size first, as memory lasts.
+
+        How long it takes is measured with padding alone: without what its attention takes.
+        """
 
         def is_in_vain(tokens: int) -> bool:
             return device_lag(partial(run, self._nothing(MixedSize(tokens, 0)))) >= _WORTH
