@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -57,16 +57,17 @@ def service(module: str, *flags: str, seconds: float = 120) -> Iterator[str]:
 
 @contextmanager
 def stack(
-    model: Path, engine_flags: Sequence[str] = (), seconds: float = 120
+    model: Path, engine_flags: Sequence[str] = (), seconds: float = 120, num_gateways: int = 1
 ) -> Iterator[dict[str, str]]:
-    """Tokenizer, engine and gateway on one model; yields their addresses by name.
+    """Tokenizer, engine and gateways on one model; yields their addresses by name.
 
-    The engine may take `seconds` to start.
+    The engine may take `seconds` to start. Several gateways' addresses stand between commas.
     """
     arguments = ["--model", str(model)]
-    with (
-        service("nanoinfer_tokenizer", *arguments) as tokenizer,
-        service("nanoinfer_engine", *arguments, *engine_flags, seconds=seconds) as engine,
-        service("nanoinfer_gateway", "--tokenizer", tokenizer, "--engine", engine) as gateway,
-    ):
-        yield {"tokenizer": tokenizer, "engine": engine, "gateway": gateway}
+    with ExitStack() as services:
+        enter = services.enter_context
+        tokenizer = enter(service("nanoinfer_tokenizer", *arguments))
+        engine = enter(service("nanoinfer_engine", *arguments, *engine_flags, seconds=seconds))
+        upstreams = ["--tokenizer", tokenizer, "--engine", engine]
+        gateways = [enter(service("nanoinfer_gateway", *upstreams)) for _ in range(num_gateways)]
+        yield {"tokenizer": tokenizer, "engine": engine, "gateway": ",".join(gateways)}

@@ -87,12 +87,14 @@ async def consume(stream: AsyncIterable[object], num_tokens: int) -> Sample:
 
 
 class GatewayLoad:
-    """Text in, text out."""
+    """Text in, text out; gateways take turns."""
 
     name = "gateway"
 
-    def __init__(self, channel: grpc.aio.Channel, texts: Sequence[str], max_tokens: int) -> None:
-        self._stub = gateway_pb2_grpc.GatewayServiceStub(channel)
+    def __init__(
+        self, channels: Sequence[grpc.aio.Channel], texts: Sequence[str], max_tokens: int
+    ) -> None:
+        self._stubs = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in channels]
         self._texts = texts
         self._max_tokens = max_tokens
 
@@ -102,7 +104,8 @@ class GatewayLoad:
         )
         text = self._texts[number % len(self._texts)]
         request = gateway_pb2.GatewayServiceGenerateStreamRequest(text=text, options=options)
-        return await consume(self._stub.GenerateStream(request, timeout=600), self._max_tokens)
+        stub = self._stubs[number % len(self._stubs)]
+        return await consume(stub.GenerateStream(request, timeout=600), self._max_tokens)
 
 
 class EngineLoad:
@@ -196,17 +199,20 @@ async def run(addresses: dict[str, str], options: argparse.Namespace) -> list[di
         "max_tokens": options.max_tokens,
         "device": device_name(options.device),
         "mixed_graphs": options.mixed_graphs,
+        "gateways": options.gateways,
         "date": datetime.date.today().isoformat(),
     }
     facts |= {"commit": options.commit} if options.commit else {}
     rows = []
-    async with (
-        grpc.aio.insecure_channel(addresses["gateway"]) as gateway_channel,
-        grpc.aio.insecure_channel(addresses["engine"]) as engine_channel,
-    ):
+    async with contextlib.AsyncExitStack() as channels:
+        gateways = [
+            await channels.enter_async_context(grpc.aio.insecure_channel(address))
+            for address in addresses["gateway"].split(",")
+        ]
+        engine = await channels.enter_async_context(grpc.aio.insecure_channel(addresses["engine"]))
         paths: list[GatewayLoad | EngineLoad] = [
-            GatewayLoad(gateway_channel, texts, options.max_tokens),
-            EngineLoad(engine_channel, prompts, options.max_tokens),
+            GatewayLoad(gateways, texts, options.max_tokens),
+            EngineLoad(engine, prompts, options.max_tokens),
         ]
         for streams in options.streams:
             for load in paths:
@@ -272,6 +278,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-batch-requests", type=int, help="64, or as many as streams")
+    parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--mixed-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=None, help="threads of the engine")
     parser.add_argument("--out", type=Path)
@@ -280,7 +287,7 @@ def main() -> None:
     print(json.dumps(machine()), flush=True)
     with (
         served_model(options) as (model, flags),
-        stack(model, flags, seconds=600) as addresses,
+        stack(model, flags, seconds=600, num_gateways=options.gateways) as addresses,
     ):
         rows = asyncio.run(run(addresses, options))
     print(table(rows))
