@@ -19,8 +19,9 @@ from pathlib import Path
 import grpc
 import psutil
 from launch import stack
+from load import GREEDY, Target, sender, stopping
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
-from serving import GREEDY, PROMPT, EngineLoad, encode, machine, stopping
+from serving import PROMPT, encode, machine
 
 CALIBRATION = Path(__file__).parent / "scale" / "calibration.json"
 CONCURRENCY = 8
@@ -97,17 +98,18 @@ async def engine_steps(address: str, prompt: list[int]) -> tuple[dict[str, float
     steps: dict[str, float] = {}
     async with grpc.aio.insecure_channel(address) as channel:
         for streams in (1, 8, 32):
-            load, times = EngineLoad(channel, [prompt], DECODE_TOKENS), []
+            target, times = Target("engine", (address,), [prompt], DECODE_TOKENS), []
+            one = sender(target, [channel])
             for _ in range(6):
-                samples = await asyncio.gather(*(load.one(0) for _ in range(streams)))
+                samples = await asyncio.gather(*(one(0) for _ in range(streams)))
                 # the last to start sees no prefill of others any more
                 times.append(min(sample.time_per_token for sample in samples))
             steps[str(streams)] = round(min(times) * 1e3, 3)
         firsts = []
         for number in range(6):
             # another first token each time, so that no prefix is ever shared
-            long = EngineLoad(channel, [[number + 1, *prompt * 20][:1024]], 1)
-            firsts.append((await long.one(0)).arrivals[0])
+            long = Target("engine", (address,), [[number + 1, *prompt * 20][:1024]], 1)
+            firsts.append((await sender(long, [channel])(0)).arrivals[0])
     return steps, round(1024 / min(firsts), 1)
 
 

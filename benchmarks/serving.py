@@ -7,7 +7,8 @@ Starts the three services on loopback and sends the same work once through the g
 once to the engine as ids; prints JSON lines and a table. So many streams are kept up: each client
 sends `--requests` requests one after another, all begin at once, and one that does not count went
 before. Requests are greedy, ignore EOS and produce `--max-tokens` tokens. With `--shape` weights
-are random, prompts are texts of `--prompt-tokens` random tokens, and no prefix is cached.
+are random, prompts are texts of `--prompt-tokens` random tokens, and no prefix is cached. The
+streams are shared by `--clients` processes, and by `--gateways` gateways.
 
 - tok/s: completion tokens of all streams over the wall time from the first call to the last message
 - TTFT: from the call to the first message that holds a token
@@ -23,140 +24,24 @@ import asyncio
 import contextlib
 import datetime
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
 import random
 import statistics
 import tempfile
-import time
-from collections.abc import AsyncIterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
 from launch import stack
-from nanoinfer.v1 import (
-    engine_pb2,
-    engine_pb2_grpc,
-    gateway_pb2,
-    gateway_pb2_grpc,
-    generation_pb2,
-    tokenizer_pb2,
-    tokenizer_pb2_grpc,
-)
+from load import Target, measure
+from nanoinfer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from random_text import random_text, write_ranks
 from random_weights import SHAPES
 from startup import write_checkpoint
 
 PROMPT = "The engine keeps the keys and values of every token in blocks of the KV cache. " * 4
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One stream as its client saw it: seconds from the call to each message with tokens."""
-
-    arrivals: Sequence[float]
-    num_tokens: int
-
-    @property
-    def time_per_token(self) -> float:
-        """Seconds per token but the first."""
-        return (self.arrivals[-1] - self.arrivals[0]) / max(self.num_tokens - 1, 1)
-
-
-def stopping(max_tokens: int) -> generation_pb2.StoppingParams:
-    return generation_pb2.StoppingParams(max_tokens=max_tokens, ignore_eos=True)
-
-
-GREEDY = generation_pb2.SamplingParams(temperature=0)
-
-
-async def consume(stream: AsyncIterable[object], num_tokens: int) -> Sample:
-    """Reads a stream to its end; a delta with text or ids is a token, or several."""
-    started = time.perf_counter()
-    arrivals = [
-        time.perf_counter() - started
-        async for message in stream
-        if message.deltas  # type: ignore[attr-defined]
-    ]
-    if not arrivals:
-        raise SystemExit("a stream ended without a token")
-    return Sample(arrivals, num_tokens)
-
-
-class GatewayLoad:
-    """Text in, text out; gateways take turns."""
-
-    name = "gateway"
-
-    def __init__(
-        self, channels: Sequence[grpc.aio.Channel], texts: Sequence[str], max_tokens: int
-    ) -> None:
-        self._stubs = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in channels]
-        self._texts = texts
-        self._max_tokens = max_tokens
-
-    async def one(self, number: int) -> Sample:
-        options = gateway_pb2.GenerationOptions(
-            sampling=GREEDY, stopping=stopping(self._max_tokens)
-        )
-        text = self._texts[number % len(self._texts)]
-        request = gateway_pb2.GatewayServiceGenerateStreamRequest(text=text, options=options)
-        stub = self._stubs[number % len(self._stubs)]
-        return await consume(stub.GenerateStream(request, timeout=600), self._max_tokens)
-
-
-class EngineLoad:
-    """Ids in, ids out: the same prompts, encoded beforehand."""
-
-    name = "engine"
-
-    def __init__(
-        self, channel: grpc.aio.Channel, prompts: Sequence[Sequence[int]], max_tokens: int
-    ) -> None:
-        self._stub = engine_pb2_grpc.EngineServiceStub(channel)
-        self._prompts = prompts
-        self._max_tokens = max_tokens
-
-    async def one(self, number: int) -> Sample:
-        ids = self._prompts[number % len(self._prompts)]
-        request = engine_pb2.EngineServiceGenerateRequest(
-            prompt=generation_pb2.TokenIds(ids=ids),
-            sampling=GREEDY,
-            stopping=stopping(self._max_tokens),
-        )
-        return await consume(self._stub.Generate(request, timeout=600), self._max_tokens)
-
-
-async def measure(
-    load: GatewayLoad | EngineLoad, num_streams: int, num_requests: int
-) -> dict[str, object]:
-    """`num_streams` clients with `num_requests` requests each, after one each to warm up."""
-
-    async def client(number: int) -> list[Sample]:
-        return [await load.one(number + num_streams * each) for each in range(num_requests)]
-
-    await asyncio.gather(*(load.one(number) for number in range(num_streams)))
-    started = time.perf_counter()
-    clients = await asyncio.gather(*map(client, range(num_streams)))
-    wall = time.perf_counter() - started
-    samples = list(itertools.chain.from_iterable(clients))
-    gaps = sorted(b - a for each in samples for a, b in itertools.pairwise(each.arrivals))
-    return {
-        "path": load.name,
-        "streams": num_streams,
-        "requests": len(samples),
-        "tok_s": round(sum(each.num_tokens for each in samples) / wall, 1),
-        "ttft_p50_ms": _milliseconds(statistics.median(each.arrivals[0] for each in samples)),
-        "tpot_p50_ms": _milliseconds(statistics.median(each.time_per_token for each in samples)),
-        "itl_p99_ms": _milliseconds(gaps[len(gaps) * 99 // 100]) if gaps else None,
-    }
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 2)
 
 
 def machine() -> dict[str, str]:
@@ -186,13 +71,13 @@ async def encode(address: str, texts: Sequence[str]) -> list[list[int]]:
         return [list((await stub.Encode(each, timeout=60)).tokens.ids) for each in requests]
 
 
-async def run(addresses: dict[str, str], options: argparse.Namespace) -> list[dict[str, object]]:
+def run(addresses: dict[str, str], options: argparse.Namespace) -> list[dict[str, object]]:
     """Every stream count through both paths, alternating, so that both see the same machine."""
     texts, source = [PROMPT], random.Random(0)
     if options.shape is not None:
         count = 2 * max(options.streams)
         texts = [random_text(options.prompt_tokens, source) for _ in range(count)]
-    prompts = await encode(addresses["tokenizer"], texts)
+    prompts = asyncio.run(encode(addresses["tokenizer"], texts))
     facts = {
         "model": options.shape or options.model.name,
         "prompt_tokens": round(statistics.mean(map(len, prompts))),
@@ -200,24 +85,19 @@ async def run(addresses: dict[str, str], options: argparse.Namespace) -> list[di
         "device": device_name(options.device),
         "mixed_graphs": options.mixed_graphs,
         "gateways": options.gateways,
+        "clients": options.clients,
         "date": datetime.date.today().isoformat(),
     }
     facts |= {"commit": options.commit} if options.commit else {}
+    targets = [
+        Target("gateway", tuple(addresses["gateway"].split(",")), texts, options.max_tokens),
+        Target("engine", (addresses["engine"],), prompts, options.max_tokens),
+    ]
     rows = []
-    async with contextlib.AsyncExitStack() as channels:
-        gateways = [
-            await channels.enter_async_context(grpc.aio.insecure_channel(address))
-            for address in addresses["gateway"].split(",")
-        ]
-        engine = await channels.enter_async_context(grpc.aio.insecure_channel(addresses["engine"]))
-        paths: list[GatewayLoad | EngineLoad] = [
-            GatewayLoad(gateways, texts, options.max_tokens),
-            EngineLoad(engine, prompts, options.max_tokens),
-        ]
-        for streams in options.streams:
-            for load in paths:
-                rows.append({**await measure(load, streams, options.requests), **facts})
-                print(json.dumps(rows[-1]), flush=True)
+    for streams in options.streams:
+        for target in targets:
+            rows.append({**measure(target, streams, options.requests, options.clients), **facts})
+            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
@@ -279,6 +159,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--max-batch-requests", type=int, help="64, or as many as streams")
     parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=1, help="processes that share the streams")
     parser.add_argument("--mixed-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=None, help="threads of the engine")
     parser.add_argument("--out", type=Path)
@@ -289,7 +170,7 @@ def main() -> None:
         served_model(options) as (model, flags),
         stack(model, flags, seconds=600, num_gateways=options.gateways) as addresses,
     ):
-        rows = asyncio.run(run(addresses, options))
+        rows = run(addresses, options)
     print(table(rows))
     if options.out:
         with options.out.open("a") as file:

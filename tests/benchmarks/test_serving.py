@@ -1,0 +1,52 @@
+"""The serving benchmark over a real stack: every stream is kept up, whoever shares them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("clients", "gateways"), [(1, 1), (2, 2)])
+def test_all_tokens_of_all_streams_are_counted(clients: int, gateways: int, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = [
+        sys.executable,
+        "benchmarks/serving.py",
+        "--model",
+        "models/guide",
+        "--out",
+        str(out),
+    ]
+    command += ["--streams", "1", "3", "--requests", "2", "--max-tokens", "8"]
+    command += ["--clients", str(clients), "--gateways", str(gateways)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["path"], row["streams"], row["requests"]) for row in rows] == [
+        ("gateway", 1, 2),
+        ("engine", 1, 2),
+        ("gateway", 3, 6),
+        ("engine", 3, 6),
+    ]
+    for row in rows:
+        assert (row["clients"], row["gateways"]) == (clients, gateways)
+        # of a stream's tokens, not of its messages
+        rate = row["streams"] * 1e3 * 8 / (row["ttft_p50_ms"] + 7 * row["tpot_p50_ms"])
+        assert 0.3 * rate < row["tok_s"] < 3 * rate
+
+
+def test_a_share_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import grpc
+    from load import Target, measure
+
+    nobody = Target("engine", ("127.0.0.1:1",), [[1, 2]], 4)
+    with pytest.raises(grpc.aio.AioRpcError):
+        measure(nobody, num_streams=2, num_requests=1, num_clients=2)
