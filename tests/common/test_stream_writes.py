@@ -1,6 +1,7 @@
-"""Stream messages: readers that take nothing, and entries that stay too long."""
+"""Stream messages: slots, readers that take nothing, and entries that stay too long."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,71 @@ class Context:
     async def write(self, message: Message) -> None:
         await asyncio.sleep(self.seconds)
         self.taken.append(message)
+
+
+class Holders:
+    """Hold slots, and count how many at one time."""
+
+    def __init__(self, slots: WriteSlots) -> None:
+        self._slots = slots
+        self._inside = self.most = 0
+        self.order: list[int] = []
+
+    async def hold(self, seconds: float, number: int = 0) -> None:
+        async with self._slots.hold():
+            self.order.append(number)
+            self._inside += 1
+            self.most = max(self.most, self._inside)
+            await asyncio.sleep(seconds)
+            self._inside -= 1
+
+
+async def test_slots_bound_what_is_in_flight_and_keep_the_order() -> None:
+    holders = Holders(WriteSlots(num_slots=2, max_hold_seconds=5))
+    await asyncio.gather(*(holders.hold(0.005, number) for number in range(10)))
+    assert holders.most == 2
+    assert holders.order == list(range(10))
+
+
+async def test_slots_are_few_and_a_long_write_does_not_keep_them() -> None:
+    slots = WriteSlots(2)
+    stuck = Holders(slots)
+    stalled = [asyncio.create_task(stuck.hold(30)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(2):
+        await Holders(slots).hold(0.001)
+    for task in stalled:
+        task.cancel()
+    await asyncio.gather(*stalled, return_exceptions=True)
+    later = Holders(slots)
+    await asyncio.gather(*[later.hold(0.001) for _ in range(20)])
+    assert later.most == 2  # what a stalled write gave back early was given back once
+
+
+async def test_a_slot_is_not_held_for_long() -> None:
+    slots = WriteSlots(num_slots=1, max_hold_seconds=0.05)
+    task = asyncio.create_task(Holders(slots).hold(0.2))
+    await asyncio.sleep(0)
+    started = time.monotonic()
+    async with slots.hold():
+        assert 0.02 < time.monotonic() - started < 1
+    await task
+    later = Holders(slots)  # the late end gives no second slot away
+    await asyncio.gather(*[later.hold(0.001) for _ in range(10)])
+    assert later.most == 1
+
+
+async def test_a_waiter_that_was_cancelled_gives_no_slot_away() -> None:
+    slots = WriteSlots(num_slots=1, max_hold_seconds=0.05)
+    async with slots.hold():
+        waiting = asyncio.create_task(Holders(slots).hold(0))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    await asyncio.sleep(0.1)  # what nobody holds is not given back
+    later = Holders(slots)
+    await asyncio.gather(*[later.hold(0.001) for _ in range(10)])
+    assert later.most == 1
 
 
 async def test_a_message_that_is_taken_in_time_is_just_written() -> None:
@@ -106,28 +172,6 @@ async def test_what_became_of_the_write_decides_nothing_about_the_cancel() -> No
     with pytest.raises(ConnectionError):
         await StreamWriter(0.02).write(Late(), Empty())
     assert not asyncio.current_task().cancelling()  # type: ignore[union-attr]
-
-
-async def test_a_waiter_that_was_cancelled_gives_no_slot_away() -> None:
-    slots = WriteSlots(num_slots=1, max_hold_seconds=0.05)
-
-    async def hold(seconds: float) -> None:
-        nonlocal inside, most
-        async with slots.hold():
-            inside += 1
-            most = max(most, inside)
-            await asyncio.sleep(seconds)
-            inside -= 1
-
-    inside = most = 0
-    async with slots.hold():
-        waiting = asyncio.create_task(hold(0))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-    await asyncio.sleep(0.1)  # what nobody holds is not given back
-    await asyncio.gather(*[hold(0.001) for _ in range(10)])
-    assert most == 1
 
 
 async def test_one_timer_serves_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""Addresses, settings, pages of models, write slots, calls."""
+"""Addresses, settings, pages of models, calls."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import grpc
@@ -10,7 +9,6 @@ import pytest
 from nanoinfer.v1 import generation_pb2
 from nanoinfer_common.config import parse_settings
 from nanoinfer_common.errors import ServiceError
-from nanoinfer_common.stream_writes import WriteSlots
 from nanoinfer_gateway import addresses
 from nanoinfer_gateway.catalogue import list_page
 from nanoinfer_gateway.settings import GatewaySettings
@@ -91,32 +89,6 @@ def test_a_negative_size_and_a_foreign_token_are_refused(size: int, token: str) 
         list_page(models("a"), size, token)
     assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
     assert raised.value.violations[0].field == ("page_size" if size else "page_token")
-
-
-async def test_slots_are_few_and_a_long_write_does_not_keep_them() -> None:
-    slots = WriteSlots(2)
-    inside, most = 0, 0
-
-    async def write(seconds: float) -> None:
-        nonlocal inside, most
-        async with slots.hold():
-            inside += 1
-            most = max(most, inside)
-            await asyncio.sleep(seconds)
-            inside -= 1
-
-    await asyncio.gather(*[write(0.001) for _ in range(20)])
-    assert most == 2
-    stalled = [asyncio.create_task(write(30)) for _ in range(2)]
-    await asyncio.sleep(0.01)
-    async with asyncio.timeout(2):
-        await write(0.001)
-    for task in stalled:
-        task.cancel()
-    await asyncio.gather(*stalled, return_exceptions=True)
-    most = inside = 0
-    await asyncio.gather(*[write(0.001) for _ in range(20)])
-    assert most == 2  # what a stalled write gave back early was given back once
 
 
 def test_a_hop_gets_what_is_left_less_50_ms_up_to_its_cap() -> None:

@@ -1,8 +1,7 @@
-"""Settings, the checkpoint's sampling defaults, write slots, and the process itself."""
+"""Settings, the checkpoint's sampling defaults, and the process itself."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from nanoinfer_common.config import parse_settings
-from nanoinfer_common.stream_writes import WriteSlots
 from nanoinfer_engine.config import CheckpointError
 from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
 from nanoinfer_engine.settings import EngineSettings
@@ -113,47 +111,6 @@ def test_invalid_defaults_refuse_the_checkpoint(tmp_path: Path, text: str) -> No
 
 def test_no_file_means_the_contract_defaults(tmp_path: Path) -> None:
     assert read_sampling_defaults(tmp_path) == SamplingDefaults(1.0, 1.0, 0, 0.0)
-
-
-async def test_slots_bound_what_is_in_flight_and_keep_the_order() -> None:
-    slots = WriteSlots(num_slots=2, max_hold_seconds=5)
-    running, most, order = 0, 0, []
-
-    async def write(name: int) -> None:
-        nonlocal running, most
-        async with slots.hold():
-            order.append(name)
-            running += 1
-            most = max(most, running)
-            await asyncio.sleep(0.005)
-            running -= 1
-
-    await asyncio.gather(*(write(name) for name in range(10)))
-    assert most == 2
-    assert order == list(range(10))
-
-
-async def test_a_slot_is_not_held_for_long() -> None:
-    slots = WriteSlots(num_slots=1, max_hold_seconds=0.05)
-    stuck = asyncio.Event()
-
-    async def stall() -> None:
-        async with slots.hold():
-            await stuck.wait()
-
-    task = asyncio.create_task(stall())
-    await asyncio.sleep(0)
-    started = time.monotonic()
-    async with slots.hold():
-        assert 0.02 < time.monotonic() - started < 1
-    stuck.set()
-    await task
-    async with asyncio.timeout(1):  # the late end gives no second slot away
-        async with slots.hold():
-            waiting = asyncio.create_task(stall())
-            await asyncio.sleep(0.01)
-            assert slots._free.locked()
-        await waiting
 
 
 def test_the_process_serves_drains_and_exits(tiny_model: Path, tmp_path: Path) -> None:
