@@ -15,9 +15,10 @@ import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
+from google.protobuf.message import Message
 from nanoinfer.v1 import (
     engine_pb2,
     engine_pb2_grpc,
@@ -130,23 +131,28 @@ def sender(
     target: Target, channels: Sequence[grpc.aio.Channel]
 ) -> Callable[[int], Awaitable[Sample]]:
     """What sends the request of a number and reads its stream."""
+    calls: list[Any] = [
+        gateway_pb2_grpc.GatewayServiceStub(channel).GenerateStream
+        if target.path == "gateway"
+        else engine_pb2_grpc.EngineServiceStub(channel).Generate
+        for channel in channels
+    ]
     limits = stopping(target.max_tokens)
-    gateways = [gateway_pb2_grpc.GatewayServiceStub(channel) for channel in channels]
-    engines = [engine_pb2_grpc.EngineServiceStub(channel) for channel in channels]
     options = gateway_pb2.GenerationOptions(sampling=GREEDY, stopping=limits)
 
-    def send(number: int) -> AsyncIterable[object]:
-        prompt, place = target.prompts[number % len(target.prompts)], number % len(channels)
+    def message(prompt: str | Sequence[int]) -> Message:
         if isinstance(prompt, str):
-            message = gateway_pb2.GatewayServiceGenerateStreamRequest(text=prompt, options=options)
-            return gateways[place].GenerateStream(message, timeout=_SECONDS)
-        ids = generation_pb2.TokenIds(ids=prompt)
-        wanted = engine_pb2.EngineServiceGenerateRequest(
-            prompt=ids, sampling=GREEDY, stopping=limits
+            return gateway_pb2.GatewayServiceGenerateStreamRequest(text=prompt, options=options)
+        return engine_pb2.EngineServiceGenerateRequest(
+            prompt=generation_pb2.TokenIds(ids=prompt), sampling=GREEDY, stopping=limits
         )
-        return engines[place].Generate(wanted, timeout=_SECONDS)
 
-    return lambda number: _read(send(number), target.max_tokens)
+    def send(number: int) -> Awaitable[Sample]:
+        request = message(target.prompts[number % len(target.prompts)])
+        call = calls[number % len(calls)]
+        return _read(call(request, timeout=_SECONDS), target.max_tokens)
+
+    return send
 
 
 async def _read(stream: AsyncIterable[object], num_tokens: int) -> Sample:

@@ -19,7 +19,7 @@ class Overdue(Generic[Entry]):
         self._seconds = seconds
         self._call = call
         self._since: dict[Entry, float] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None  # asked for once: that is a system call
+        self._loop: asyncio.AbstractEventLoop | None = None  # to ask is a system call, up to 3.11
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, entry: Entry) -> None:

@@ -2,8 +2,8 @@
 
 With a write in flight per stream, grpc.aio never lets anything pile up, and every token becomes a
 message. With a few slots, taken in order and before a stream's buffer is emptied, what piles up
-while a stream waits leaves as one message; without load nobody waits. A timer for each message
-would cost as much as building it, so late ones are found with one for all (`overdue`).
+while a stream waits leaves as one message; without load nobody waits. To set and cancel timers for
+each message costs more than all else here, so late ones are found with one for all (`overdue`).
 """
 
 import asyncio

@@ -15,6 +15,7 @@ from nanoinfer_engine.tuning import device_lag
 def test_device_lag(
     monkeypatch: pytest.MonkeyPatch, launching: float, running: float, least: float, most: float
 ) -> None:
+    seen: list[float] = []
     launched: list[float] = []  # and not waited for
 
     def synchronize() -> None:
@@ -22,13 +23,12 @@ def test_device_lag(
             time.sleep(launched.pop())
 
     def launch() -> None:
-        if len(seen) == 0:
+        if not seen:
             time.sleep(0.2)  # compiles
         seen.append(launching)
         time.sleep(launching)
         launched.append(running)
 
-    seen: list[float] = []
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert least < device_lag(launch) < most
     assert len(seen) == 3
