@@ -17,8 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
-import psutil
-from launch import stack
+from launch import Running, stack
 from load import GREEDY, Target, sender, stopping
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from serving import PROMPT, encode, machine
@@ -26,15 +25,6 @@ from serving import PROMPT, encode, machine
 CALIBRATION = Path(__file__).parent / "scale" / "calibration.json"
 CONCURRENCY = 8
 DECODE_TOKENS = 64
-
-
-def cpu_seconds(module: str) -> float:
-    """User and system time of the child that runs `module`, with that of its own children."""
-    for child in psutil.Process().children():
-        if module in child.cmdline():
-            family = [child, *child.children(recursive=True)]
-            return sum(sum(process.cpu_times()[:2]) for process in family)
-    raise SystemExit(f"{module} does not run")
 
 
 async def repeat(call: Callable[[], Awaitable[int]], times: int) -> int:
@@ -47,9 +37,9 @@ async def repeat(call: Callable[[], Awaitable[int]], times: int) -> int:
     return sum(await asyncio.gather(*(worker() for _ in range(CONCURRENCY))))
 
 
-async def gateway_costs(address: str) -> tuple[float, float]:
+async def gateway_costs(gateway: Running) -> tuple[float, float]:
     """CPU µs of a request with one token, and of each further message."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(gateway.address) as channel:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
 
         async def messages(max_tokens: int) -> int:
@@ -60,18 +50,18 @@ async def gateway_costs(address: str) -> tuple[float, float]:
         await repeat(lambda: messages(4), 50)
         spent = []
         for max_tokens, times in ((1, 400), (DECODE_TOKENS, 100)):
-            before = cpu_seconds("nanoinfer_gateway")
+            before = gateway.processor_seconds()
             count = await repeat(lambda tokens=max_tokens: messages(tokens), times)  # type: ignore[misc]
-            spent.append((cpu_seconds("nanoinfer_gateway") - before, times, count))
+            spent.append((gateway.processor_seconds() - before, times, count))
     (short, short_times, short_count), (long, long_times, long_count) = spent
     request = short / short_times
     extra = long_count - long_times * short_count / short_times
     return request * 1e6, (long - long_times * request) / extra * 1e6
 
 
-async def tokenizer_costs(address: str) -> tuple[float, float]:
+async def tokenizer_costs(tokenizer: Running) -> tuple[float, float]:
     """CPU µs of an Encode without its text, and of each byte of text."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(tokenizer.address) as channel:
         stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
 
         async def one(text: str) -> int:
@@ -82,23 +72,24 @@ async def tokenizer_costs(address: str) -> tuple[float, float]:
         for copies, times in ((1, 800), (48, 400)):
             text = PROMPT * copies
             await repeat(lambda text=text: one(text), 50)  # type: ignore[misc]
-            before = cpu_seconds("nanoinfer_tokenizer")
+            before = tokenizer.processor_seconds()
             await repeat(lambda text=text: one(text), times)  # type: ignore[misc]
-            costs.append((cpu_seconds("nanoinfer_tokenizer") - before) / times * 1e6)
+            costs.append((tokenizer.processor_seconds() - before) / times * 1e6)
             sizes.append(len(text.encode()))
     each = (costs[1] - costs[0]) / (sizes[1] - sizes[0])
     return costs[0] - each * sizes[0], each
 
 
-async def engine_steps(address: str, prompt: list[int]) -> tuple[dict[str, float], float]:
+async def engine_steps(engine: Running, prompt: list[int]) -> tuple[dict[str, float], float]:
     """Milliseconds of a decode step by batch size, and prompt tokens computed in a second.
 
     The best round counts: these are wall times, and whatever else runs here only adds to them.
     """
     steps: dict[str, float] = {}
-    async with grpc.aio.insecure_channel(address) as channel:
+    services = {"engine": [engine]}
+    async with grpc.aio.insecure_channel(engine.address) as channel:
         for streams in (1, 8, 32):
-            target, times = Target("engine", (address,), [prompt], DECODE_TOKENS), []
+            target, times = Target("engine", [prompt], DECODE_TOKENS, services), []
             one = sender(target, [channel])
             for _ in range(6):
                 samples = await asyncio.gather(*(one(0) for _ in range(streams)))
@@ -108,7 +99,7 @@ async def engine_steps(address: str, prompt: list[int]) -> tuple[dict[str, float
         firsts = []
         for number in range(6):
             # another first token each time, so that no prefix is ever shared
-            long = Target("engine", (address,), [[number + 1, *prompt * 20][:1024]], 1)
+            long = Target("engine", [[number + 1, *prompt * 20][:1024]], 1, services)
             firsts.append((await sender(long, [channel])(0)).arrivals[0])
     return steps, round(1024 / min(firsts), 1)
 
@@ -122,12 +113,12 @@ def main() -> None:
     options = parser.parse_args()
     calibration = json.loads(CALIBRATION.read_text())
     started = time.monotonic()
-    with stack(options.model, ["--threads", "1"]) as addresses:
+    with stack(options.model, ["--threads", "1"]) as running:
         seconds_for_three = time.monotonic() - started
-        (prompt,) = asyncio.run(encode(addresses["tokenizer"], [PROMPT]))
-        request, message = asyncio.run(gateway_costs(addresses["gateway"]))
-        call, byte = asyncio.run(tokenizer_costs(addresses["tokenizer"]))
-        steps, prefill = asyncio.run(engine_steps(addresses["engine"], prompt))
+        (prompt,) = asyncio.run(encode(running.tokenizer.address, [PROMPT]))
+        request, message = asyncio.run(gateway_costs(running.gateways[0]))
+        call, byte = asyncio.run(tokenizer_costs(running.tokenizer))
+        steps, prefill = asyncio.run(engine_steps(running.engine, prompt))
     source = f"measured by benchmarks/calibrate.py: {machine()}"
     for name, value in {
         "gateway_request": round(request, 1),

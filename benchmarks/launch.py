@@ -9,10 +9,35 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service: where it answers, and its process."""
+
+    address: str
+    pid: int
+
+    def processor_seconds(self) -> float:
+        """User and system time so far, with that of its children."""
+        process = psutil.Process(self.pid)
+        family = [process, *process.children(recursive=True)]
+        return float(sum(sum(each.cpu_times()[:2]) for each in family))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The services of one model."""
+
+    tokenizer: Running
+    engine: Running
+    gateways: tuple[Running, ...]
 
 
 def _is_ready(address: str) -> bool:
@@ -26,8 +51,8 @@ def _is_ready(address: str) -> bool:
 
 
 @contextmanager
-def service(module: str, *flags: str, seconds: float = 120) -> Iterator[str]:
-    """Runs `python -m module` and yields its address once it is ready; ends it afterwards."""
+def service(module: str, *flags: str, seconds: float = 120) -> Iterator[Running]:
+    """Runs `python -m module` and yields it once it is ready; ends it afterwards."""
     with tempfile.TemporaryDirectory() as directory:
         port_file, log = Path(directory, "port"), Path(directory, "log")
         common = ["--port", "0", "--port-file", str(port_file), "--metrics-port", "0"]
@@ -49,7 +74,7 @@ def service(module: str, *flags: str, seconds: float = 120) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > end:
                     raise SystemExit(f"{module} is not ready:\n{log.read_text()}")
                 time.sleep(0.1)
-            yield address
+            yield Running(address, process.pid)
         finally:
             process.terminate()
             process.wait(30)
@@ -58,16 +83,13 @@ def service(module: str, *flags: str, seconds: float = 120) -> Iterator[str]:
 @contextmanager
 def stack(
     model: Path, engine_flags: Sequence[str] = (), seconds: float = 120, num_gateways: int = 1
-) -> Iterator[dict[str, str]]:
-    """Tokenizer, engine and gateways on one model; yields their addresses by name.
-
-    The engine may take `seconds` to start. Several gateways' addresses stand between commas.
-    """
+) -> Iterator[Stack]:
+    """Tokenizer, engine and gateways on one model; the engine may take `seconds` to start."""
     arguments = ["--model", str(model)]
     with ExitStack() as services:
         enter = services.enter_context
         tokenizer = enter(service("nanoinfer_tokenizer", *arguments))
         engine = enter(service("nanoinfer_engine", *arguments, *engine_flags, seconds=seconds))
-        upstreams = ["--tokenizer", tokenizer, "--engine", engine]
+        upstreams = ["--tokenizer", tokenizer.address, "--engine", engine.address]
         gateways = [enter(service("nanoinfer_gateway", *upstreams)) for _ in range(num_gateways)]
-        yield {"tokenizer": tokenizer, "engine": engine, "gateway": ",".join(gateways)}
+        yield Stack(tokenizer, engine, tuple(gateways))

@@ -12,13 +12,14 @@ import multiprocessing
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import grpc
 from google.protobuf.message import Message
+from launch import Running
 from nanoinfer.v1 import (
     engine_pb2,
     engine_pb2_grpc,
@@ -36,9 +37,18 @@ class Target:
     """Where requests go and what they say: texts to gateways, in turns, or ids to an engine."""
 
     path: Literal["gateway", "engine"]
-    addresses: tuple[str, ...]
     prompts: Sequence[str] | Sequence[Sequence[int]]
     max_tokens: int
+    services: Mapping[str, Sequence[Running]]
+    """All whose processor time is of interest, by name; requests go to those named as `path`."""
+
+    def processor_seconds(self) -> dict[str, float]:
+        """Of each service's processes until now, and of this one as a client."""
+        seconds = {
+            name: sum(each.processor_seconds() for each in processes)
+            for name, processes in self.services.items()
+        }
+        return {**seconds, "clients": time.process_time()}
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process of clients saw, and when, on a clock that all have in common."""
+    """What one process of clients saw and what it cost, on a clock that all have in common."""
 
     samples: list[Sample]
     began: float
     ended: float
+    processor_seconds: dict[str, float]
 
 
 def measure(
@@ -81,6 +92,9 @@ def measure(
         shares = [each.result() for each in running]
     wall = max(each.ended for each in shares) - min(each.began for each in shares)
     samples = list(itertools.chain.from_iterable(each.samples for each in shares))
+    # of the services as the first saw it: all shares begin at once
+    spent = shares[0].processor_seconds
+    spent["clients"] = sum(each.processor_seconds["clients"] for each in shares)
     gaps = sorted(b - a for each in samples for a, b in itertools.pairwise(each.arrivals))
     return {
         "path": target.path,
@@ -90,6 +104,7 @@ def measure(
         "ttft_p50_ms": _milliseconds(statistics.median(each.arrivals[0] for each in samples)),
         "tpot_p50_ms": _milliseconds(statistics.median(each.time_per_token for each in samples)),
         "itl_p99_ms": _milliseconds(gaps[len(gaps) * 99 // 100]) if gaps else None,
+        "cores": {name: round(seconds / wall, 2) for name, seconds in spent.items()},
     }
 
 
@@ -108,7 +123,7 @@ async def _run_share(
     async with contextlib.AsyncExitStack() as channels:
         opened = [
             await channels.enter_async_context(grpc.aio.insecure_channel(address))
-            for address in target.addresses
+            for address in (each.address for each in target.services[target.path])
         ]
         request = sender(target, opened)
 
@@ -117,9 +132,11 @@ async def _run_share(
 
         await asyncio.gather(*map(request, numbers))
         await asyncio.to_thread(start.wait, _SECONDS)
-        began = time.monotonic()
+        before, began = target.processor_seconds(), time.monotonic()
         samples = await asyncio.gather(*map(stream, numbers))
-        return Share(list(itertools.chain.from_iterable(samples)), began, time.monotonic())
+        ended, after = time.monotonic(), target.processor_seconds()
+        spent = {name: after[name] - before[name] for name in after}
+        return Share(list(itertools.chain.from_iterable(samples)), began, ended, spent)
 
 
 def stopping(max_tokens: int) -> generation_pb2.StoppingParams:

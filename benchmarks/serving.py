@@ -14,6 +14,7 @@ streams are shared by `--clients` processes, and by `--gateways` gateways.
 - TTFT: from the call to the first message that holds a token
 - TPOT: from there to the last message over the tokens but the first; a stream's mean
 - ITL: between two messages of a stream, which may hold several tokens
+- cores: processor time of each service's processes, and of the clients', over the wall time
 - gateway overhead: the same figures through the gateway against those at the engine, in one run
 """
 
@@ -34,7 +35,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
-from launch import stack
+from launch import Stack, stack
 from load import Target, measure
 from nanoinfer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from random_text import random_text, write_ranks
@@ -71,13 +72,13 @@ async def encode(address: str, texts: Sequence[str]) -> list[list[int]]:
         return [list((await stub.Encode(each, timeout=60)).tokens.ids) for each in requests]
 
 
-def run(addresses: dict[str, str], options: argparse.Namespace) -> list[dict[str, object]]:
+def run(running: Stack, options: argparse.Namespace) -> list[dict[str, object]]:
     """Every stream count through both paths, alternating, so that both see the same machine."""
     texts, source = [PROMPT], random.Random(0)
     if options.shape is not None:
         count = 2 * max(options.streams)
         texts = [random_text(options.prompt_tokens, source) for _ in range(count)]
-    prompts = asyncio.run(encode(addresses["tokenizer"], texts))
+    prompts = asyncio.run(encode(running.tokenizer.address, texts))
     facts = {
         "model": options.shape or options.model.name,
         "prompt_tokens": round(statistics.mean(map(len, prompts))),
@@ -89,9 +90,14 @@ def run(addresses: dict[str, str], options: argparse.Namespace) -> list[dict[str
         "date": datetime.date.today().isoformat(),
     }
     facts |= {"commit": options.commit} if options.commit else {}
+    services = {
+        "gateway": running.gateways,
+        "engine": (running.engine,),
+        "tokenizer": (running.tokenizer,),
+    }
     targets = [
-        Target("gateway", tuple(addresses["gateway"].split(",")), texts, options.max_tokens),
-        Target("engine", (addresses["engine"],), prompts, options.max_tokens),
+        Target("gateway", texts, options.max_tokens, services),
+        Target("engine", prompts, options.max_tokens, services),
     ]
     rows = []
     for streams in options.streams:
@@ -168,9 +174,9 @@ def main() -> None:
     print(json.dumps(machine()), flush=True)
     with (
         served_model(options) as (model, flags),
-        stack(model, flags, seconds=600, num_gateways=options.gateways) as addresses,
+        stack(model, flags, seconds=600, num_gateways=options.gateways) as running,
     ):
-        rows = run(addresses, options)
+        rows = run(running, options)
     print(table(rows))
     if options.out:
         with options.out.open("a") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,13 +41,16 @@ def test_all_tokens_of_all_streams_are_counted(clients: int, gateways: int, tmp_
         # of a stream's tokens, not of its messages
         rate = row["streams"] * 1e3 * 8 / (row["ttft_p50_ms"] + 7 * row["tpot_p50_ms"])
         assert 0.3 * rate < row["tok_s"] < 3 * rate
+        assert set(row["cores"]) == {"gateway", "engine", "tokenizer", "clients"}
+        assert row["cores"]["engine"] > 0.1
 
 
 def test_a_share_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import grpc
+    from launch import Running
     from load import Target, measure
 
-    nobody = Target("engine", ("127.0.0.1:1",), [[1, 2]], 4)
+    nobody = Target("engine", [[1, 2]], 4, {"engine": [Running("127.0.0.1:1", os.getpid())]})
     with pytest.raises(grpc.aio.AioRpcError):
         measure(nobody, num_streams=2, num_requests=1, num_clients=2)
