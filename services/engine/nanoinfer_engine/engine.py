@@ -85,9 +85,7 @@ class Engine:
         self._refusal: EngineError | None = NotReadyError("the engine is loading")
         self._stopping = False
         # the event loop's
-        self._streams = Streams(
-            self._send_cancel, self._patience.buffered_tokens, self._patience.reader_seconds
-        )
+        self._streams = Streams(self._send_cancel, self._patience, config.max_messages_per_second)
         # from thread to loop
         self._outbox: deque[list[RequestOutput]] = deque()
         self._is_delivery_pending = False

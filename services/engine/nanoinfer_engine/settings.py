@@ -84,6 +84,12 @@ class EngineSettings(ServiceSettings):
     mixed_graphs: bool = Field(
         True, description="On one CUDA device small steps with prompts run as graphs, too."
     )
+    max_messages_per_second: int = Field(
+        5000,
+        ge=1,
+        description="Most messages sent in a second, all streams together, besides first ones: with"
+        " more tokens than that, several share a message.",
+    )
     stall_seconds: float = Field(
         60.0,
         gt=0,
@@ -144,6 +150,7 @@ class EngineSettings(ServiceSettings):
             kv_cache_dtype=self.kv_cache_dtype,
             tensor_parallel=self.tensor_parallel,
             mixed_graphs=self.mixed_graphs,
+            max_messages_per_second=self.max_messages_per_second,
         )
 
     def patience(self) -> Patience:

@@ -2,6 +2,10 @@
 
 Lives on the event loop alone. A `Stream` holds all completions of one client's request; outputs
 join its buffer as the engine delivers them and leave together when the reader takes them.
+
+The first output of a request reaches its stream at once. What follows waits until the streams are
+due, all together, so that messages have a highest rate: with many streams of a small model sending
+them takes more of the interpreter, which the step loop shares, than computing their tokens does.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Protocol
 
 from nanoinfer_engine.errors import StalledReaderError
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
+from nanoinfer_engine.watchdog import Patience
 
 
 class Cancel(Protocol):
@@ -108,14 +113,22 @@ class Stream:
 
 
 class Streams:
-    """Every stream the engine still works for, by request; routes outputs and ends slow readers."""
+    """Every stream the engine still works for, by request.
 
-    def __init__(self, cancel: Cancel, max_buffered_tokens: int, reader_seconds: float) -> None:
-        """A reader with more than `max_buffered_tokens` unread for `reader_seconds` is ended."""
+    Routes outputs, at the pace that messages can be sent at, and ends slow readers.
+    """
+
+    def __init__(self, cancel: Cancel, patience: Patience, max_messages_per_second: float) -> None:
+        """`patience` is with readers; first messages do not count as those per second."""
         self._cancel = cancel
-        self._max_buffered_tokens = max_buffered_tokens
-        self._reader_nanoseconds = int(reader_seconds * 1e9)
+        self._max_buffered_tokens = patience.buffered_tokens
+        self._reader_nanoseconds = int(patience.reader_seconds * 1e9)
+        self._max_messages_per_second = max_messages_per_second
         self._streams: dict[Request, Stream] = {}
+        self._silent: set[Request] = set()  # those without any output yet
+        self._held: list[RequestOutput] = []
+        self._due = 0.0  # when what is held shall go, on the event loop's clock
+        self._timer: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -128,39 +141,63 @@ class Streams:
         """A stream for requests that the engine has just taken."""
         stream = Stream(requests, self._cancel)
         self._streams.update(dict.fromkeys(requests, stream))
+        self._silent.update(requests)
         self._empty.clear()
         return stream
 
     def deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        """Route a step's outputs to their streams."""
+        """Route a step's outputs to their streams: first ones now, others when they are due."""
         for output in outputs:
-            stream = self._streams.get(output.request)
-            if stream is None:  # abandoned
-                continue
-            stream.deliver(output)
-            if output.finish_reason is not None:
-                del self._streams[output.request]
-            if stream.num_buffered_tokens > self._max_buffered_tokens:
-                self._check_reader(stream)
-        if not self._streams:
-            self._empty.set()
+            if output.request in self._silent:
+                self._silent.discard(output.request)
+                self._route(output)
+            else:
+                self._held.append(output)
+        if not self._held or self._timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._due:
+            self._timer = loop.call_at(self._due, self._release)
+        else:
+            self._release()
 
     def cancel_all(self, error: Exception) -> None:
         """Have the engine end everything with `error`."""
         self._cancel(tuple(self._streams), error)
 
     def abandon(self, error: Exception) -> None:
-        """End every stream from here, because the engine cannot any more."""
-        self.deliver(
-            [
-                RequestOutput(request, finish_reason=FinishReason.ERROR, error=error)
-                for request in self._streams
-            ]
-        )
+        """End every stream from here, because the engine cannot any more; none is paced."""
+        self._release()
+        for request in tuple(self._streams):
+            self._route(RequestOutput(request, finish_reason=FinishReason.ERROR, error=error))
 
     async def wait_empty(self) -> None:
         """Wait until every request has ended."""
         await self._empty.wait()
+
+    def _release(self) -> None:
+        """Route what is held; the next is due when there is time for a message of each again."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        held, self._held = self._held, []
+        interval = len(self._streams) / self._max_messages_per_second
+        for output in held:
+            self._route(output)
+        self._due = asyncio.get_running_loop().time() + interval
+
+    def _route(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request)
+        if stream is None:  # abandoned
+            return
+        stream.deliver(output)
+        if output.finish_reason is not None:
+            del self._streams[output.request]
+            self._silent.discard(output.request)
+            if not self._streams:
+                self._empty.set()
+        if stream.num_buffered_tokens > self._max_buffered_tokens:
+            self._check_reader(stream)
 
     def _check_reader(self, stream: Stream) -> None:
         now = time.monotonic_ns()
