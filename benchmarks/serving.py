@@ -85,6 +85,7 @@ def run(running: Stack, options: argparse.Namespace) -> list[dict[str, object]]:
         "max_tokens": options.max_tokens,
         "device": device_name(options.device),
         "mixed_graphs": options.mixed_graphs,
+        "max_messages_per_second": options.max_messages_per_second,
         "gateways": options.gateways,
         "clients": options.clients,
         "date": datetime.date.today().isoformat(),
@@ -119,6 +120,7 @@ def served_model(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]
     """A model's directory, and flags of its engine; one of random numbers is deleted afterwards."""
     max_requests = options.max_batch_requests or max(64, *options.streams)
     flags = ["--device", options.device, "--max-batch-requests", str(max_requests)]
+    flags += ["--max-messages-per-second", str(options.max_messages_per_second)]
     flags += [] if options.mixed_graphs else ["--no-mixed-graphs"]
     flags += [] if options.threads is None else ["--threads", str(options.threads)]
     if options.shape is None:
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--max-batch-requests", type=int, help="64, or as many as streams")
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--clients", type=int, default=1, help="processes that share the streams")
+    parser.add_argument("--max-messages-per-second", type=int, default=5000, help="the engine's")
     parser.add_argument("--mixed-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=None, help="threads of the engine")
     parser.add_argument("--out", type=Path)
