@@ -26,7 +26,7 @@ class EngineConfig:
     in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in `dtype`. With
     `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
     With `mixed_graphs` small steps with prompts are captured on one CUDA device, not decodes alone.
-    `max_messages_per_second` bounds what all streams send, besides first tokens: others share.
+    `max_messages_per_second` bounds what all streams send, besides first and last outputs.
     """
 
     model_path: Path

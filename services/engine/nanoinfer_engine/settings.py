@@ -87,8 +87,8 @@ class EngineSettings(ServiceSettings):
     max_messages_per_second: int = Field(
         5000,
         ge=1,
-        description="Most messages sent in a second, all streams together, besides first ones: with"
-        " more tokens than that, several share a message.",
+        description="Most messages sent in a second, all streams together, besides their first and"
+        " last: with more tokens than that, several share one.",
     )
     stall_seconds: float = Field(
         60.0,

@@ -3,9 +3,9 @@
 Lives on the event loop alone. A `Stream` holds all completions of one client's request; outputs
 join its buffer as the engine delivers them and leave together when the reader takes them.
 
-The first output of a request reaches its stream at once. What follows waits until the streams are
-due, all together, so that messages have a highest rate: with many streams of a small model sending
-them takes more of the interpreter, which the step loop shares, than computing their tokens does.
+The reader of a stream is woken for its first output and for ends. For what lies between, readers
+are woken together, at a pace that gives messages a highest rate: with many streams of a small model
+sending takes more of the interpreter, which the step loop shares, than computing the tokens does.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Stream:
         self.requests = tuple(requests)
         self.num_buffered_tokens = 0
         self.full_since: int | None = None
+        self.has_begun = False
         self.is_aborted = False
         self._cancel = cancel
         self._closed = False
@@ -58,19 +59,35 @@ class Stream:
         return max(self.requests, key=lambda request: request.times.finished or 0)
 
     def deliver(self, output: RequestOutput) -> None:
-        """Add one output; after `close` only the ends are counted."""
+        """Add one output; after `close` only the ends are counted.
+
+        Unless it is the first or an end, the reader does not learn of it before `wake`.
+        """
+        is_urgent = not self.has_begun or output.finish_reason is not None
+        self.has_begun = True
         if output.finish_reason is not None:
             self._num_live -= 1
             self.is_aborted |= output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)
         if not self._closed:
             self._buffer.append(output)
             self.num_buffered_tokens += len(output.tokens)
-            self._arrived.set()
+        if is_urgent:
+            self.wake()
         if not self.is_live:
             self._ended.set_result(None)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to take that the reader does not know of."""
+        return bool(self._buffer) and not self._arrived.is_set()
+
+    def wake(self) -> None:
+        """Let the reader take what there is, if anything."""
+        if self._buffer:
+            self._arrived.set()
+
     async def wait(self) -> bool:
-        """Wait until there is something to take; False once everything has been taken."""
+        """Wait for a reason to take what there is; False once everything has been taken."""
         if not self._buffer and not self.is_live:
             return False
         await self._arrived.wait()
@@ -115,19 +132,18 @@ class Stream:
 class Streams:
     """Every stream the engine still works for, by request.
 
-    Routes outputs, at the pace that messages can be sent at, and ends slow readers.
+    Routes outputs, paces how often readers are woken, and ends those that are slow.
     """
 
     def __init__(self, cancel: Cancel, patience: Patience, max_messages_per_second: float) -> None:
-        """`patience` is with readers; first messages do not count as those per second."""
+        """`patience` is with readers; first outputs and ends do not count as messages."""
         self._cancel = cancel
         self._max_buffered_tokens = patience.buffered_tokens
         self._reader_nanoseconds = int(patience.reader_seconds * 1e9)
         self._max_messages_per_second = max_messages_per_second
         self._streams: dict[Request, Stream] = {}
-        self._silent: set[Request] = set()  # those without any output yet
-        self._held: list[RequestOutput] = []
-        self._due = 0.0  # when what is held shall go, on the event loop's clock
+        self._unaware: dict[Stream, None] = {}  # whose readers have not been woken for all there is
+        self._due = 0.0  # when they may be, on the event loop's clock
         self._timer: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
@@ -141,63 +157,58 @@ class Streams:
         """A stream for requests that the engine has just taken."""
         stream = Stream(requests, self._cancel)
         self._streams.update(dict.fromkeys(requests, stream))
-        self._silent.update(requests)
         self._empty.clear()
         return stream
 
     def deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        """Route a step's outputs to their streams: first ones now, others when they are due."""
+        """Route a step's outputs to their streams, and wake the readers if it is time."""
         for output in outputs:
-            if output.request in self._silent:
-                self._silent.discard(output.request)
-                self._route(output)
-            else:
-                self._held.append(output)
-        if not self._held or self._timer is not None:
-            return
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._due:
-            self._timer = loop.call_at(self._due, self._release)
-        else:
-            self._release()
+            stream = self._streams.get(output.request)
+            if stream is None:  # abandoned
+                continue
+            stream.deliver(output)
+            if stream.has_news:
+                self._unaware[stream] = None
+            if output.finish_reason is not None:
+                del self._streams[output.request]
+            if stream.num_buffered_tokens > self._max_buffered_tokens:
+                self._check_reader(stream)
+        if not self._streams:
+            self._empty.set()
+        if self._unaware and self._timer is None:
+            self._wake_when_due()
 
     def cancel_all(self, error: Exception) -> None:
         """Have the engine end everything with `error`."""
         self._cancel(tuple(self._streams), error)
 
     def abandon(self, error: Exception) -> None:
-        """End every stream from here, because the engine cannot any more; none is paced."""
-        self._release()
-        for request in tuple(self._streams):
-            self._route(RequestOutput(request, finish_reason=FinishReason.ERROR, error=error))
+        """End every stream from here, because the engine cannot any more."""
+        self.deliver(
+            [
+                RequestOutput(request, finish_reason=FinishReason.ERROR, error=error)
+                for request in self._streams
+            ]
+        )
 
     async def wait_empty(self) -> None:
         """Wait until every request has ended."""
         await self._empty.wait()
 
-    def _release(self) -> None:
-        """Route what is held; the next is due when there is time for a message of each again."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        held, self._held = self._held, []
-        interval = len(self._streams) / self._max_messages_per_second
-        for output in held:
-            self._route(output)
-        self._due = asyncio.get_running_loop().time() + interval
+    def _wake_when_due(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._due:
+            self._timer = loop.call_at(self._due, self._wake)
+        else:
+            self._wake()
 
-    def _route(self, output: RequestOutput) -> None:
-        stream = self._streams.get(output.request)
-        if stream is None:  # abandoned
-            return
-        stream.deliver(output)
-        if output.finish_reason is not None:
-            del self._streams[output.request]
-            self._silent.discard(output.request)
-            if not self._streams:
-                self._empty.set()
-        if stream.num_buffered_tokens > self._max_buffered_tokens:
-            self._check_reader(stream)
+    def _wake(self) -> None:
+        """Wake the readers; the next time is when as many messages may have been sent."""
+        unaware, self._unaware, self._timer = self._unaware, {}, None
+        seconds = len(unaware) / self._max_messages_per_second
+        self._due = asyncio.get_running_loop().time() + seconds
+        for stream in unaware:
+            stream.wake()
 
     def _check_reader(self, stream: Stream) -> None:
         now = time.monotonic_ns()

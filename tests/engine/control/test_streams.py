@@ -1,15 +1,17 @@
-"""The pace of messages: what comes at once, what waits, and that nothing is lost or overtaken."""
+"""The pace at which readers are woken: what comes at once, what waits, and what counts."""
 
 from __future__ import annotations
 
 import asyncio
 
-from nanoinfer_engine.errors import EngineLostError
+from nanoinfer_engine.errors import EngineLostError, StalledReaderError
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
-from nanoinfer_engine.stream import Streams
+from nanoinfer_engine.stream import Stream, Streams
 from nanoinfer_engine.watchdog import Patience
 
 from tests.engine.fakes import make_request
+
+SLOW = 0.01  # messages a second: nobody is woken a second time while a test runs
 
 
 def make_streams(max_messages_per_second: float) -> Streams:
@@ -24,73 +26,105 @@ def ids(outputs: list[RequestOutput]) -> list[int]:
     return [token.token_id for each in outputs for token in each.tokens]
 
 
+async def is_woken(stream: Stream) -> bool:
+    waiting = asyncio.ensure_future(stream.wait())
+    await asyncio.sleep(0)
+    done = waiting.done()
+    waiting.cancel()
+    return done
+
+
+async def within(seconds: float, stream: Stream) -> list[int]:
+    """What its reader takes when it is woken."""
+    async with asyncio.timeout(seconds):
+        assert await stream.wait()
+    return ids(stream.take())
+
+
 async def test_first_tokens_never_wait_and_others_do() -> None:
-    streams = make_streams(1.0)
+    streams = make_streams(SLOW)
     early, late = make_request(), make_request()
     one, two = streams.open([early]), streams.open([late])
     streams.deliver([output(early, 1)])
-    assert ids(one.take()) == [1]
-    streams.deliver([output(early, 2)])  # nothing has been paced before
-    assert ids(one.take()) == [2]
+    assert await within(0, one) == [1]
+    streams.deliver([output(early, 2)])  # none has been sent before that would count
+    assert await within(0, one) == [2]
     streams.deliver([output(early, 3), output(late, 10)])
+    assert await within(0, two) == [10]
     streams.deliver([output(early, 4), output(late, 11)])
-    assert ids(one.take()) == []
-    assert ids(two.take()) == [10]
+    assert not await is_woken(one)
+    assert not await is_woken(two)
+    assert ids(one.take()) == [3, 4]  # a reader that comes by itself finds it all
 
 
 async def test_what_waited_comes_together_when_it_is_due() -> None:
-    streams = make_streams(40.0)
+    streams = make_streams(4.0)
     first, second = make_request(), make_request()
     one, two = streams.open([first]), streams.open([second])
-    streams.deliver([output(first, 1), output(second, 1)])
-    streams.deliver([output(first, 2), output(second, 2)])
-    released = asyncio.get_running_loop().time()
-    one.take()
-    two.take()
+    for number in (1, 2):
+        streams.deliver([output(first, number), output(second, number)])
+        one.take()
+        two.take()
+    woken = asyncio.get_running_loop().time()
     for number in range(3, 6):
         streams.deliver([output(first, number), output(second, number)])
-    assert await one.wait()
-    # two streams at 40 messages a second; a timer of the loop may be a clock's tick early
-    assert asyncio.get_running_loop().time() - released > 0.045
-    assert ids(one.take()) == ids(two.take()) == [3, 4, 5]
+    assert await within(5, one) == [3, 4, 5]
+    # two streams at 4 messages a second; a timer of the loop may be a clock's tick early
+    assert asyncio.get_running_loop().time() - woken > 0.45
+    assert await within(0, two) == [3, 4, 5]
 
 
-async def test_a_request_that_ends_before_its_first_token_ends_at_once() -> None:
-    streams = make_streams(0.01)
+async def test_an_end_never_waits_and_takes_along_what_did() -> None:
+    streams = make_streams(SLOW)
     request, other = make_request(), make_request()
-    stream, _ = streams.open([request]), streams.open([other])
-    streams.deliver([output(other, 1)])
-    streams.deliver([output(other, 2)])
-    streams.deliver([output(request, finish_reason=FinishReason.ERROR)])
-    assert not stream.is_live
-    assert not streams.is_empty
+    stream, beside = streams.open([request]), streams.open([other])
+    for number in (1, 2):
+        streams.deliver([output(request, number), output(other, number)])
+        stream.take()
+        beside.take()
+    streams.deliver([output(request, 3), output(other, 3)])
+    streams.deliver([output(request, 4, finish_reason=FinishReason.LENGTH), output(other, 4)])
+    assert await within(0, stream) == [3, 4]
+    assert not await stream.wait()
+    assert not await is_woken(beside)
+    streams.deliver([output(other, finish_reason=FinishReason.CANCELLED)])
+    assert streams.is_empty
 
 
-async def test_an_engine_that_is_lost_leaves_nothing_behind() -> None:
-    """What waited still comes, then the error; the timer that was set does nothing any more."""
-    streams = make_streams(40.0)
+async def test_only_streams_with_something_to_send_count() -> None:
+    """Not those that wait for their start, and completions of one request as one."""
+    streams = make_streams(10.0)
+    several = [make_request() for _ in range(100)]
+    stream = streams.open(several)
+    for _ in range(100):
+        streams.open([make_request()])
+    for number in (1, 2):
+        streams.deliver([output(each, number) for each in several])
+        stream.take()
+    streams.deliver([output(each, 3) for each in several])
+    assert await within(5, stream) == [3] * 100  # after 0.1 s, not 10 or 20
+
+
+async def test_a_lost_engine_ends_all_streams_at_once() -> None:
+    streams = make_streams(SLOW)
     request, error = make_request(), EngineLostError("gone")
-    stream = streams.open([request])
-    streams.deliver([output(request, 1)])
-    streams.deliver([output(request, 2)])
-    streams.deliver([output(request, 3)])
+    stream, waiting = streams.open([request]), streams.open([make_request()])
+    for number in (1, 2, 3):
+        streams.deliver([output(request, number)])
     streams.abandon(error)
     outputs = stream.take()
     assert ids(outputs) == [1, 2, 3]
     assert outputs[-1].error is error
+    assert waiting.take()[0].error is error
     assert streams.is_empty
-    await asyncio.sleep(0.05)
-    assert not await stream.wait()
 
 
-async def test_an_end_that_waits_keeps_the_engine_from_being_empty() -> None:
-    streams = make_streams(20.0)
+async def test_a_reader_that_is_seldom_woken_may_still_be_too_slow() -> None:
+    ended: list[Exception | None] = []
+    patience = Patience(reader_seconds=0.0, buffered_tokens=2)
+    streams = Streams(lambda _, error=None: ended.append(error), patience, SLOW)
     request = make_request()
-    stream = streams.open([request])
-    for number in (1, 2):
+    streams.open([request])
+    for number in range(5):
         streams.deliver([output(request, number)])
-    streams.deliver([output(request, 3, finish_reason=FinishReason.LENGTH)])
-    assert stream.is_live
-    await asyncio.wait_for(streams.wait_empty(), 5)
-    assert ids(stream.take()) == [1, 2, 3]
-    assert not stream.is_live
+    assert isinstance(ended[0], StalledReaderError)
