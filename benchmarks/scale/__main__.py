@@ -21,6 +21,7 @@ from benchmarks.scale.queues import Profile, Workload, cost
 from benchmarks.scale.simulation import (
     BYTES_PER_TOKEN,
     CPU_REQUEST,
+    MAX_MESSAGES,
     WATCH_SECONDS,
     Installation,
     Simulation,
@@ -42,8 +43,8 @@ def plan(profile: Profile, work: Workload, rate: float) -> dict[str, int]:
     settings = {service: Settings.load(service) for service in SERVICES}
     engines = rate / profile.capacity(work, int(settings["engine"].targets["running"]))
     reports = min(math.ceil(engines), CELL_ENGINES) / WATCH_SECONDS * cost("load_report")
-    messages = (work.completion_tokens - 1) * cost("gateway_message")
-    gateway_cores = rate * (cost("gateway_request") + messages)
+    messages = min(rate * (work.completion_tokens - 1), engines * MAX_MESSAGES)
+    gateway_cores = rate * cost("gateway_request") + messages * cost("gateway_message")
     text = work.prompt_tokens * BYTES_PER_TOKEN * cost("tokenizer_byte")
     tokenizer_cores = rate * (cost("tokenizer_request") + text)
     wanted = {

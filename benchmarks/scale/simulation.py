@@ -9,6 +9,7 @@ from functools import partial
 from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
+from nanoinfer_engine.config import EngineConfig
 
 from benchmarks.scale.autoscaler import (
     SYNC_SECONDS,
@@ -37,6 +38,8 @@ MAX_MESSAGE_SHARE = 0.95
 CPU_REQUEST = 0.5
 CONNECTION_AGE = 300.0
 GATEWAY_MAX_REQUESTS = 512
+# an engine's, in a second; streams that make more tokens get several in one
+MAX_MESSAGES = EngineConfig.max_messages_per_second
 # PodMonitor's interval (custom metrics) and metrics-server's resolution (CPU)
 SCRAPE_SECONDS, CPU_SCRAPE_SECONDS = 10.0, 15.0
 # the engines' load reports, and how a gateway picks by them
@@ -203,6 +206,9 @@ class Simulation:
         request.gateway.in_flight -= 1
         if request.completion_tokens > 1:
             rate = (request.completion_tokens - 1) / (request.finished - request.first_token)
+            engines = self.engines.ready
+            running = sum(engine.running for engine in engines)
+            rate = min(rate, MAX_MESSAGES * len(engines) / max(running, 1))
             self._stream_rate += 0.02 * (rate - self._stream_rate)
         if self._closed_left > 0:
             self._closed_left -= 1
