@@ -92,9 +92,11 @@ def measure(
         shares = [each.result() for each in running]
     wall = max(each.ended for each in shares) - min(each.began for each in shares)
     samples = list(itertools.chain.from_iterable(each.samples for each in shares))
-    # of the services as the first saw it: all shares begin at once
-    spent = shares[0].processor_seconds
-    spent["clients"] = sum(each.processor_seconds["clients"] for each in shares)
+    spent = {
+        # all shares begin at once, and the last to end has seen all of a service's time
+        name: (sum if name == "clients" else max)(each.processor_seconds[name] for each in shares)
+        for name in shares[0].processor_seconds
+    }
     gaps = sorted(b - a for each in samples for a, b in itertools.pairwise(each.arrivals))
     return {
         "path": target.path,

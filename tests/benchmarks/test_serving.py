@@ -42,7 +42,7 @@ def test_all_tokens_of_all_streams_are_counted(clients: int, gateways: int, tmp_
         rate = row["streams"] * 1e3 * 8 / (row["ttft_p50_ms"] + 7 * row["tpot_p50_ms"])
         assert 0.3 * rate < row["tok_s"] < 3 * rate
         assert set(row["cores"]) == {"gateway", "engine", "tokenizer", "clients"}
-        assert row["cores"]["engine"] > 0.1
+        assert row["cores"]["engine"] > 0
 
 
 def test_a_share_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
