@@ -52,14 +52,15 @@ def _is_ready(address: str) -> bool:
 
 @contextmanager
 def service(module: str, *flags: str, seconds: float = 120) -> Iterator[Running]:
-    """Runs `python -m module` and yields it once it is ready; ends it afterwards."""
+    """Runs a module, or a file, and yields it once it is ready; ends it afterwards."""
+    program = [module] if module.endswith(".py") else ["-m", module]
     with tempfile.TemporaryDirectory() as directory:
         port_file, log = Path(directory, "port"), Path(directory, "log")
         common = ["--port", "0", "--port-file", str(port_file), "--metrics-port", "0"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *common, "--log-level", "warning", *flags],
+                [sys.executable, *program, *common, "--log-level", "warning", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -82,14 +83,18 @@ def service(module: str, *flags: str, seconds: float = 120) -> Iterator[Running]
 
 @contextmanager
 def stack(
-    model: Path, engine_flags: Sequence[str] = (), seconds: float = 120, num_gateways: int = 1
+    model: Path,
+    engine_flags: Sequence[str] = (),
+    seconds: float = 120,
+    num_gateways: int = 1,
+    engine_module: str = "nanoinfer_engine",
 ) -> Iterator[Stack]:
     """Tokenizer, engine and gateways on one model; the engine may take `seconds` to start."""
     arguments = ["--model", str(model)]
     with ExitStack() as services:
         enter = services.enter_context
         tokenizer = enter(service("nanoinfer_tokenizer", *arguments))
-        engine = enter(service("nanoinfer_engine", *arguments, *engine_flags, seconds=seconds))
+        engine = enter(service(engine_module, *arguments, *engine_flags, seconds=seconds))
         upstreams = ["--tokenizer", tokenizer.address, "--engine", engine.address]
         gateways = [enter(service("nanoinfer_gateway", *upstreams)) for _ in range(num_gateways)]
         yield Stack(tokenizer, engine, tuple(gateways))

@@ -2,13 +2,15 @@
 
     python benchmarks/serving.py --model models/guide [--streams 1 8 32] [--requests 3]
     python benchmarks/serving.py --shape 0.6b --device cuda --streams 1 64 256
+    python benchmarks/serving.py --shape 0.6b --device timed --streams 1 64 256
 
 Starts the three services on loopback and sends the same work once through the gateway as text and
 once to the engine as ids; prints JSON lines and a table. So many streams are kept up: each client
 sends `--requests` requests one after another, all begin at once, and one that does not count went
 before. Requests are greedy, ignore EOS and produce `--max-tokens` tokens. With `--shape` weights
 are random, prompts are texts of `--prompt-tokens` random tokens, and no prefix is cached. The
-streams are shared by `--clients` processes, and by `--gateways` gateways.
+streams are shared by `--clients` processes, and by `--gateways` gateways. With the device `timed`
+nothing is computed (`timed_engine`): what is measured is the host's part.
 
 - tok/s: completion tokens of all streams over the wall time from the first call to the last message
 - TTFT: from the call to the first message that holds a token
@@ -42,6 +44,7 @@ from random_text import random_text, write_ranks
 from random_weights import SHAPES
 from startup import write_checkpoint
 
+TIMED = "timed"
 PROMPT = "The engine keeps the keys and values of every token in blocks of the KV cache. " * 4
 
 
@@ -119,7 +122,8 @@ def device_name(device: str) -> str:
 def served_model(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
     """A model's directory, and flags of its engine; one of random numbers is deleted afterwards."""
     max_requests = options.max_batch_requests or max(64, *options.streams)
-    flags = ["--device", options.device, "--max-batch-requests", str(max_requests)]
+    flags = ["--device", "cuda" if options.device == TIMED else options.device]
+    flags += ["--max-batch-requests", str(max_requests)]
     flags += ["--max-messages-per-second", str(options.max_messages_per_second)]
     flags += [] if options.mixed_graphs else ["--no-mixed-graphs"]
     flags += [] if options.threads is None else ["--threads", str(options.threads)]
@@ -128,9 +132,10 @@ def served_model(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]
         return
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write_checkpoint(options.shape, directory, options.device)
+        if options.device != TIMED:
+            write_checkpoint(options.shape, directory, options.device)
         write_ranks(directory / "random.tiktoken", SHAPES[options.shape].vocab_size)
-        if options.device.startswith("cuda"):
+        if options.device != "cpu":
             flags += ["--dtype", "float16"]
         yield directory, [*flags, "--no-prefix-caching"]
 
@@ -174,10 +179,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="to be noted in the results")
     options = parser.parse_args()
+    if options.device == TIMED and options.shape != "0.6b":
+        parser.error("the device `timed` takes the time of --shape 0.6b")
     print(json.dumps(machine()), flush=True)
+    engine = str(Path(__file__).with_name("timed_engine.py"))
+    engine = engine if options.device == TIMED else "nanoinfer_engine"
     with (
         served_model(options) as (model, flags),
-        stack(model, flags, seconds=600, num_gateways=options.gateways) as running,
+        stack(model, flags, 600, options.gateways, engine) as running,
     ):
         rows = run(running, options)
     print(table(rows))
