@@ -39,10 +39,9 @@ class Stream:
         self.requests = tuple(requests)
         self.num_buffered_tokens = 0
         self.full_since: int | None = None
-        self.has_begun = False
         self.is_aborted = False
         self._cancel = cancel
-        self._closed = False
+        self._closed = self._has_begun = False
         self._num_live = len(self.requests)
         self._buffer: list[RequestOutput] = []
         self._arrived = asyncio.Event()
@@ -63,8 +62,8 @@ class Stream:
 
         Unless it is the first or an end, the reader does not learn of it before `wake`.
         """
-        is_urgent = not self.has_begun or output.finish_reason is not None
-        self.has_begun = True
+        is_urgent = not self._has_begun or output.finish_reason is not None
+        self._has_begun = True
         if output.finish_reason is not None:
             self._num_live -= 1
             self.is_aborted |= output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)
@@ -175,8 +174,13 @@ class Streams:
                 self._check_reader(stream)
         if not self._streams:
             self._empty.set()
-        if self._unaware and self._timer is None:
-            self._wake_when_due()
+        if not self._unaware or self._timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._due:
+            self._timer = loop.call_at(self._due, self._wake)
+        else:
+            self._wake()
 
     def cancel_all(self, error: Exception) -> None:
         """Have the engine end everything with `error`."""
@@ -194,13 +198,6 @@ class Streams:
     async def wait_empty(self) -> None:
         """Wait until every request has ended."""
         await self._empty.wait()
-
-    def _wake_when_due(self) -> None:
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._due:
-            self._timer = loop.call_at(self._due, self._wake)
-        else:
-            self._wake()
 
     def _wake(self) -> None:
         """Wake the readers; the next time is when as many messages may have been sent."""

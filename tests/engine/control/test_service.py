@@ -285,6 +285,13 @@ async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFak
         assert refused.info.reason == "STREAM_STALLED"
 
 
+async def test_tokens_share_messages_beyond_the_highest_rate(start_fake: StartFake) -> None:
+    async with start_fake(FakeRunner(step_seconds=0.01), max_messages_per_second=1) as engine:
+        answer = await engine.generate(sampling=SEED, stopping=TEN)
+    assert answer.tokens() == expected_tokens([11, 12, 13], 10, SEED.seed)
+    assert len(answer.messages) <= 3  # the first, one that was due, the last
+
+
 async def test_watch_load_sends_at_once_and_on_change(fake: Engine) -> None:
     watch = fake.stub.WatchLoad(engine_pb2.EngineServiceWatchLoadRequest())
     first = await asyncio.wait_for(watch.read(), 2)
