@@ -40,6 +40,7 @@ import grpc
 from launch import Stack, stack
 from load import Target, measure
 from nanoinfer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from nanoinfer_engine.config import EngineConfig
 from random_text import random_text, write_ranks
 from random_weights import SHAPES
 from startup import write_checkpoint
@@ -173,7 +174,8 @@ def main() -> None:
     parser.add_argument("--max-batch-requests", type=int, help="64, or as many as streams")
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--clients", type=int, default=1, help="processes that share the streams")
-    parser.add_argument("--max-messages-per-second", type=int, default=5000, help="the engine's")
+    rate = EngineConfig.max_messages_per_second
+    parser.add_argument("--max-messages-per-second", type=int, default=rate, help="the engine's")
     parser.add_argument("--mixed-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=None, help="threads of the engine")
     parser.add_argument("--out", type=Path)

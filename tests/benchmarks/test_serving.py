@@ -64,13 +64,12 @@ def test_a_share_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch
 
 def test_steps_of_a_timed_device_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
     import timed_engine
     from nanoinfer_engine.batch import Batch, BatchRow
     from nanoinfer_engine.config import EngineConfig
 
     runner = timed_engine.TimedRunner(EngineConfig(Path("none")))
-    prompt = BatchRow(tuple(range(2000)), 0, (), samples=False, sampling=GREEDY)
+    prompt = BatchRow(tuple(range(100_000)), 0, (), samples=False, sampling=GREEDY)
     decodes = [BatchRow((1,), 7, (), samples=True, sampling=GREEDY)] * 10
     began = time.perf_counter()
     long = runner.launch(Batch((prompt, *decodes)))
@@ -78,7 +77,7 @@ def test_steps_of_a_timed_device_follow_each_other(monkeypatch: pytest.MonkeyPat
     assert short.results() == [timed_engine.TOKEN] * 10
     ended = time.perf_counter()
     assert long.results() == [None, *[timed_engine.TOKEN] * 10]
-    assert long.timing().busy == pytest.approx(0.8e-3 + 10 * 21e-6 + 2000 * 1.6e-6)
+    assert long.timing().busy == pytest.approx(0.8e-3 + 10 * 21e-6 + 100_000 * 1.6e-6)
     assert short.timing().busy == pytest.approx(0.8e-3 + 10 * 21e-6)
     assert short.timing().idle == 0  # it was launched while the long one ran
     assert ended - began >= long.timing().busy + short.timing().busy
