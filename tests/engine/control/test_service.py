@@ -287,9 +287,11 @@ async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFak
 
 async def test_tokens_share_messages_beyond_the_highest_rate(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.01), max_messages_per_second=1) as engine:
+        began = time.monotonic()
         answer = await engine.generate(sampling=SEED, stopping=TEN)
+        seconds = time.monotonic() - began
     assert answer.tokens() == expected_tokens([11, 12, 13], 10, SEED.seed)
-    assert len(answer.messages) <= 3  # the first, one that was due, the last
+    assert len(answer.messages) <= 3 + seconds  # the first, one that was due, the last
 
 
 async def test_watch_load_sends_at_once_and_on_change(fake: Engine) -> None:
