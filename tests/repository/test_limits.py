@@ -10,7 +10,7 @@ ROOMS = {
     "clients/python/nanoinfer": 2600,
     "services/common/nanoinfer_common": 2340,
     "services/tokenizer/nanoinfer_tokenizer": 1870,
-    "services/engine/nanoinfer_engine": 11427,
+    "services/engine/nanoinfer_engine": 11435,
     "gateway/nanoinfer_gateway": 2190,
 }
 MAX_FILE_LINES = 300

@@ -3,9 +3,10 @@
 Lives on the event loop alone. A `Stream` holds all completions of one client's request; outputs
 join its buffer as the engine delivers them and leave together when the reader takes them.
 
-The reader of a stream is woken for its first output and for ends. For what lies between, readers
-are woken together, at a pace that gives messages a highest rate: with many streams of a small model
-sending takes more of the interpreter, which the step loop shares, than computing the tokens does.
+The reader of a stream is woken for its first output, for the prompt's log-probabilities and for
+ends. For what lies between, readers are woken together, at a pace that gives messages a highest
+rate: with many streams of a small model sending takes more of the interpreter, which the step loop
+shares, than computing the tokens does.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ class Stream:
     def deliver(self, output: RequestOutput) -> None:
         """Add one output; after `close` only the ends are counted.
 
-        Unless it is the first or an end, the reader does not learn of it before `wake`.
+        Unless an answer can begin or end with it, the reader does not learn of it before `wake`.
         """
-        is_urgent = not self._has_begun or output.finish_reason is not None
+        begins = not self._has_begun or bool(output.prompt_logprobs)
+        is_urgent = begins or output.finish_reason is not None
         self._has_begun = True
         if output.finish_reason is not None:
             self._num_live -= 1
@@ -166,12 +168,15 @@ class Streams:
             if stream is None:  # abandoned
                 continue
             stream.deliver(output)
-            if stream.has_news:
-                self._unaware[stream] = None
             if output.finish_reason is not None:
                 del self._streams[output.request]
             if stream.num_buffered_tokens > self._max_buffered_tokens:
+                stream.wake()  # what the pace holds back is not unread
                 self._check_reader(stream)
+            if stream.has_news:
+                self._unaware[stream] = None
+            else:
+                self._unaware.pop(stream, None)
         if not self._streams:
             self._empty.set()
         if not self._unaware or self._timer is not None:

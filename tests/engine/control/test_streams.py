@@ -61,17 +61,33 @@ async def test_what_waited_comes_together_when_it_is_due() -> None:
     streams = make_streams(4.0)
     first, second = make_request(), make_request()
     one, two = streams.open([first]), streams.open([second])
+    began = asyncio.get_running_loop().time()
     for number in (1, 2):
         streams.deliver([output(first, number), output(second, number)])
         one.take()
         two.take()
-    woken = asyncio.get_running_loop().time()
-    for number in range(3, 6):
-        streams.deliver([output(first, number), output(second, number)])
-    assert await within(5, one) == [3, 4, 5]
-    # two streams at 4 messages a second; a timer of the loop may be a clock's tick early
-    assert asyncio.get_running_loop().time() - woken > 0.45
-    assert await within(0, two) == [3, 4, 5]
+    for start in (3, 6, 9):
+        expected = list(range(start, start + 3))
+        for number in expected:
+            streams.deliver([output(first, number), output(second, number)])
+        assert await within(5, one) == expected
+        assert await within(0, two) == expected
+    # three times two messages, 4 a second; what may be early is a tick of the loop's clock
+    assert asyncio.get_running_loop().time() - began > 1.45
+
+
+async def test_prompt_logprobs_never_wait() -> None:
+    """Nor where another completion's tokens came first: the answer begins with them."""
+    streams = make_streams(SLOW)
+    scorer, sibling = make_request(), make_request()
+    stream = streams.open([scorer, sibling])
+    for number in (1, 2):
+        streams.deliver([output(sibling, number)])
+        stream.take()
+    streams.deliver([output(sibling, 3)])
+    assert not await is_woken(stream)
+    streams.deliver([RequestOutput(scorer, prompt_logprobs=(SampledToken(7),))])
+    assert await within(0, stream) == [3]
 
 
 async def test_an_end_never_waits_and_takes_along_what_did() -> None:
@@ -105,6 +121,20 @@ async def test_only_streams_with_something_to_send_count() -> None:
     assert await within(5, stream) == [3] * 100  # after 0.1 s, not 10 or 20
 
 
+async def test_what_has_been_brought_does_not_count_again() -> None:
+    streams = make_streams(100.0)
+    requests = [make_request() for _ in range(100)]
+    opened = [streams.open([request]) for request in requests]
+    for number in (1, 2):
+        streams.deliver([output(request, number) for request in requests])
+        for stream in opened:
+            stream.take()
+    async with asyncio.timeout(10):  # takes 1.2 s; 20 where the other 99 counted again
+        for number in range(3, 23):
+            streams.deliver([output(requests[0], number)])
+            assert await within(10, opened[0]) == [number]
+
+
 async def test_a_lost_engine_ends_all_streams_at_once() -> None:
     streams = make_streams(SLOW)
     request, error = make_request(), EngineLostError("gone")
@@ -119,12 +149,22 @@ async def test_a_lost_engine_ends_all_streams_at_once() -> None:
     assert streams.is_empty
 
 
-async def test_a_reader_that_is_seldom_woken_may_still_be_too_slow() -> None:
+async def test_only_what_a_reader_could_have_taken_is_unread() -> None:
+    """What the pace holds back is brought at the bound; who does not take that is too slow."""
     ended: list[Exception | None] = []
     patience = Patience(reader_seconds=0.0, buffered_tokens=2)
     streams = Streams(lambda _, error=None: ended.append(error), patience, SLOW)
     request = make_request()
-    streams.open([request])
-    for number in range(5):
+    stream = streams.open([request])
+    for number in (1, 2):
+        streams.deliver([output(request, number)])
+        stream.take()
+    for start in (3, 6):
+        for number in range(start, start + 3):
+            assert not await is_woken(stream)
+            streams.deliver([output(request, number)])
+        assert await within(0, stream) == [start, start + 1, start + 2]
+    assert not ended
+    for number in range(9, 13):
         streams.deliver([output(request, number)])
     assert isinstance(ended[0], StalledReaderError)
