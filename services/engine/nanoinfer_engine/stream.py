@@ -20,6 +20,8 @@ from nanoinfer_engine.errors import StalledReaderError
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 from nanoinfer_engine.watchdog import Patience
 
+_TICK_SECONDS = 1e-3  # what the event loop's clock and timers (uvloop's) may be off
+
 
 class Cancel(Protocol):
     """How a stream tells the engine to end requests, with an error if one is to blame."""
@@ -182,7 +184,7 @@ class Streams:
         if not self._unaware or self._timer is not None:
             return
         loop = asyncio.get_running_loop()
-        if loop.time() < self._due:
+        if loop.time() + _TICK_SECONDS < self._due:
             self._timer = loop.call_at(self._due, self._wake)
         else:
             self._wake()
@@ -208,7 +210,8 @@ class Streams:
         """Wake the readers; the next time is when as many messages may have been sent."""
         unaware, self._unaware, self._timer = self._unaware, {}, None
         seconds = len(unaware) / self._max_messages_per_second
-        self._due = asyncio.get_running_loop().time() + seconds
+        now = asyncio.get_running_loop().time()
+        self._due = max(self._due, now - _TICK_SECONDS) + seconds
         for stream in unaware:
             stream.wake()
 
