@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,13 @@ class Running:
     pid: int
 
     def processor_seconds(self) -> float:
-        """User and system time so far, with that of its children."""
+        """User and system time so far, with that of its children, also of those that ended."""
         process = psutil.Process(self.pid)
-        family = [process, *process.children(recursive=True)]
-        return float(sum(sum(each.cpu_times()[:2]) for each in family))
+        seconds = 0.0
+        for each in [*process.children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):  # ended since: it is in its parent's times
+                seconds += sum(each.cpu_times()[:4])
+        return seconds
 
 
 @dataclass(frozen=True)
