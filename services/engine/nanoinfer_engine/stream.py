@@ -139,7 +139,7 @@ class Streams:
     """
 
     def __init__(self, cancel: Cancel, patience: Patience, max_messages_per_second: float) -> None:
-        """`patience` is with readers; first outputs and ends do not count as messages."""
+        """`patience` is with readers; what is brought at once does not count as a message."""
         self._cancel = cancel
         self._max_buffered_tokens = patience.buffered_tokens
         self._reader_nanoseconds = int(patience.reader_seconds * 1e9)
