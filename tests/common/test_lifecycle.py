@@ -1,6 +1,7 @@
 """A service as a process: start, signals, drain, failure, exit codes."""
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
@@ -55,14 +56,18 @@ class Process:
 
 
 @asynccontextmanager
-async def start_process(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
+async def start_process(
+    tmp_path: Path, *flags: str, shell: str = "", stderr: int = subprocess.PIPE
+) -> AsyncIterator[Process]:
+    """Runs the probe as a process; `shell` redirects its standard streams."""
     port_file = tmp_path / "port"
+    command = [*COMMAND, "--port-file", str(port_file), *flags]
     process = subprocess.Popen(
-        [*COMMAND, "--port-file", str(port_file), *flags],
+        ["sh", "-c", f'exec "$@" {shell}', "sh", *command],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
     try:
@@ -233,3 +238,51 @@ def test_an_unsupported_otlp_protocol_is_an_error() -> None:
     )
     assert result.returncode == 1
     assert "OTEL_EXPORTER_OTLP_PROTOCOL" in result.stderr
+
+
+@pytest.mark.matrix("R74")
+async def test_a_log_pipe_that_nobody_reads_delays_neither_answers_nor_the_exit(
+    tmp_path: Path,
+) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w"):
+        held = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, b"." * held)
+        async with start_process(tmp_path, "--drain-seconds", "0.2", stderr=writer) as probe:
+            await probe.become("readiness", "SERVING")
+            for number in range(200):  # each leaves a line of the log
+                assert await call(probe.channel, "unary_unary", b"%d" % number, timeout=20)
+            probe.terminate()
+            assert await asyncio.to_thread(probe.process.wait, 20) == 0
+
+
+@pytest.mark.matrix("R74")
+@pytest.mark.parametrize("shell", ["2>&-", "<&- >&- 2>&-", "2>/dev/full >/dev/full", "2</dev/null"])
+async def test_without_a_log_to_write_to_it_serves_and_ends_as_ever(
+    tmp_path: Path, shell: str
+) -> None:
+    async with start_process(tmp_path, "--drain-seconds", "0.2", shell=shell) as probe:
+        await probe.become("readiness", "SERVING")
+        for number in range(20):
+            assert await call(probe.channel, "unary_unary", b"%d" % number, timeout=20)
+        probe.terminate()
+        code, log = await probe.end(20)
+    assert (code, log) == (0, [])
+
+
+async def test_standard_streams_that_are_closed_give_their_numbers_to_no_socket(
+    tmp_path: Path,
+) -> None:
+    async with start_process(tmp_path, shell="<&- >&- 2>&-") as probe:
+        await probe.become("readiness", "SERVING")
+        links = [os.readlink(f"/proc/{probe.process.pid}/fd/{number}") for number in range(3)]
+    assert links == ["/dev/null"] * 3
+
+
+def test_the_last_entries_before_the_exit_reach_the_log(tmp_path: Path) -> None:
+    for mode in ("broken", "refused"):
+        flags = ["--port-file", str(tmp_path / "port"), "--start-mode", mode]
+        result = subprocess.run(
+            [*COMMAND, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert json.loads(result.stderr.splitlines()[-1])["event"] == "stopped", mode

@@ -8,8 +8,11 @@ and ends the rest with UNAVAILABLE.
 
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ from nanoinfer_common import errors, names, telemetry
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import StartError
 from nanoinfer_common.interceptors import REFUSAL_RETRY_SECONDS, RpcInterceptor
-from nanoinfer_common.logs import configure_logging
+from nanoinfer_common.logs import LOST_ENTRIES, configure_logging, open_standard_streams
 from nanoinfer_common.metrics import MetricsServer
 from nanoinfer_common.status import ServiceStatus
 
@@ -91,6 +94,7 @@ def serve(service_factory: ServiceFactory, settings: ServiceSettings) -> int:
     0 after a drain, 1 after a failure. A second signal ends the process at once. Must be called
     from the main thread, last thing in the process.
     """
+    open_standard_streams()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_main(service_factory, settings))
 
@@ -133,6 +137,7 @@ async def _main(service_factory: ServiceFactory, settings: ServiceSettings) -> i
     log.info("stopped", exit_code=code)
     if interrupted:
         # A thread in the middle of loading cannot be interrupted and would hold the exit up.
+        logging.shutdown()
         os._exit(code)
     return code
 
@@ -188,7 +193,7 @@ class _Server:
         try:
             port = self._grpc.add_insecure_port(wanted)
         except RuntimeError as error:
-            raise StartError(f"cannot listen on {wanted}: is the port in use?") from error
+            raise StartError(f"cannot listen on {wanted}: {_why_not(settings)}") from error
         self._open_metrics()
         await self._grpc.start()
         address = _join(settings.host, port)
@@ -248,11 +253,27 @@ class _Server:
         if port is None:
             return
         self.service.registry.register(telemetry.DROPPED_SPANS)
+        self.service.registry.register(LOST_ENTRIES)
         try:
             self._metrics = MetricsServer(self.service.registry, host, port)
         except OSError as error:
             message = f"cannot serve metrics on {_join(host, port)}: {error}"
             raise StartError(message) from error
+
+
+def _why_not(settings: ServiceSettings) -> str:
+    """Why the port cannot be opened, which gRPC tells in a line of its own alone."""
+    try:
+        infos = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in infos:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return str(error.strerror or error)
+    return "is the port in use?"
 
 
 def _write_port_file(path: Path, address: str) -> None:
