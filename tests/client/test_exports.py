@@ -32,6 +32,7 @@ PUBLIC = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "TooLarge",
     "Unavailable",
     "Unsupported",
     "Usage",

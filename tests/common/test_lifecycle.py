@@ -215,8 +215,15 @@ def test_a_taken_port_exits_with_one_and_says_so(flag: str) -> None:
         assert f"127.0.0.1:{port}" in result.stderr
         assert "in use" in result.stderr
         assert "Traceback" not in result.stderr
+        assert all(json.loads(line) for line in result.stderr.splitlines())  # none of gRPC's own
 
     taken_port(check)
+
+
+def test_an_address_that_is_not_ours_says_why_it_cannot_be_listened_on() -> None:
+    result = run("--host", "192.0.2.1", "--port", "0")  # reserved for documentation
+    assert result.returncode == 1
+    assert "cannot listen on 192.0.2.1:0: Cannot assign requested address" in result.stderr
 
 
 def test_bad_settings_exit_with_two() -> None:

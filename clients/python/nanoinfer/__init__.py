@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nanoinfer.errors import PermissionDenied as PermissionDenied
     from nanoinfer.errors import PreconditionFailed as PreconditionFailed
     from nanoinfer.errors import ServerError as ServerError
+    from nanoinfer.errors import TooLarge as TooLarge
     from nanoinfer.errors import Unavailable as Unavailable
     from nanoinfer.errors import Unsupported as Unsupported
     from nanoinfer.errors import Violation as Violation
@@ -39,7 +40,7 @@ _MODULES = {
     "aio": "AsyncClient",
     "client": "Client",
     "errors": "Cancelled DeadlineExceeded InvalidRequest NanoInferError NotFound Overloaded "
-    "PermissionDenied PreconditionFailed ServerError Unavailable Unsupported Violation",
+    "PermissionDenied PreconditionFailed ServerError TooLarge Unavailable Unsupported Violation",
     "options": "CallOptions Message Options",
     "results": "Choice Completion Delta Timings TokenLogprob Usage",
     "streams": "AsyncStream Stream",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, Unpack
 import grpc
 
 from nanoinfer import health, queries
-from nanoinfer.base import ClientBase
+from nanoinfer.base import Call, ClientBase
 from nanoinfer.options import CallOptions, Messages, Options, Prompt
 from nanoinfer.queries import Query, Result
 from nanoinfer.results import Completion
@@ -36,8 +36,9 @@ class AsyncClient(ClientBase):
         self, prompt: Prompt | Messages, *, until: Until | None = None, **settings: Unpack[Options]
     ) -> AsyncStream:
         """`Client.stream`; the stream is what is awaited."""
-        query = queries.stream(prompt, settings)
-        return AsyncStream(self._start(query, self._method(query)), until)
+        call = self._start(queries.stream(prompt, settings))
+        connecting = asyncio.get_running_loop().time()
+        return AsyncStream(call, until, lambda: self._connect(call, connecting))
 
     async def generate_batch(
         self, prompts: Iterable[Prompt], *, max_concurrency: int = 32, **settings: Unpack[Options]
@@ -95,6 +96,7 @@ class AsyncClient(ClientBase):
             except grpc.RpcError as error:
                 if error.code() in health.ANSWERED:
                     return
+                status = health.cause(error)
             if status == "SERVING":
                 return
             await asyncio.sleep(health.POLL_SECONDS)
@@ -111,8 +113,35 @@ class AsyncClient(ClientBase):
         await self.close()
 
     async def _run(self, query: Query[Result]) -> Result:
-        call = self._start(query, self._method(query))
+        started = asyncio.get_running_loop().time()
+        call = self._start(query)
         with call.receiving():
+            await self._connect(call, started)
             response = await call.rpc
         call.succeed(await call.rpc.trailing_metadata())
         return call.decode(response)
+
+    def _start(self, query: Query[Result]) -> Call[Result]:
+        """Sends the request, or leaves it to gRPC until `_connect` has seen a connection."""
+        call = self._call(query)
+        call.start(self._method(query), self._waits and not self._is_connected())
+        return call
+
+    def _is_connected(self) -> bool:
+        state = self._channel.get_state(try_to_connect=self._waits)
+        return state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN)
+
+    async def _connect(self, call: Call[Any], started: float) -> None:
+        """Waits for a connection; abandons the call where there is none in time."""
+        if not self._waits or self._is_connected() or call.rpc.done():
+            return
+        seconds = self._patience(call)
+        try:
+            async with asyncio.timeout_at(started + seconds):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            try:
+                await health.method(self._channel)(health.READINESS, timeout=health.PROBE_SECONDS)
+            except grpc.RpcError as error:
+                if error.code() not in health.ANSWERED:
+                    call.abandon(seconds, health.cause(error))

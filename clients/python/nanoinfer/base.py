@@ -6,6 +6,7 @@ into the metadata. Baggage never leaves.
 
 import asyncio
 import json
+import math
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +21,14 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from nanoinfer.errors import NanoInferError, from_status
 from nanoinfer.queries import Query, Result
+from nanoinfer.targets import check_target
 from nanoinfer.v1 import gateway_pb2_grpc
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 300.0
+DEFAULT_CONNECT_TIMEOUT = 5.0
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 SERVICE = "nanoinfer.v1.GatewayService"
-_CLOSED = grpc.aio.AioRpcError(
-    grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(), "client closed", None
-)
 RETRY_POLICY = {
     "maxAttempts": 3,
     "initialBackoff": "0.1s",
@@ -36,6 +36,13 @@ RETRY_POLICY = {
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
+
+
+def _status(code: grpc.StatusCode, message: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), message, None)
+
+
+_CLOSED = _status(grpc.StatusCode.CANCELLED, "client closed")
 
 
 def package_version() -> str:
@@ -46,15 +53,17 @@ def package_version() -> str:
         return "unknown"
 
 
-def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple[str, str | int]]:
+def _channel_options(connect_timeout: float, max_message_bytes: int) -> list[tuple[str, str | int]]:
     """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway.
+
+    Connecting is tried again every second, so that a gateway that starts late is found in time; an
+    attempt gets as long as the caller waits.
 
     No healthCheckConfig: a gateway without its upstreams says NOT_SERVING, yet answers a request
     with what it lacks (NO_ENGINE); gating by health would make a wait of that answer.
     """
     method_config = {
         "name": [{"service": SERVICE}],
-        "waitForReady": wait_for_ready,
         "retryPolicy": RETRY_POLICY,
     }
     service_config = {
@@ -66,6 +75,9 @@ def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.min_reconnect_backoff_ms", max(1000, int(1000 * connect_timeout))),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.primary_user_agent", f"nanoinfer-python/{package_version()}"),
@@ -77,20 +89,36 @@ class Call(Generic[Result]):
     """An RPC; `rpc` is gRPC's own object once it is under way. The first end ends the span."""
 
     query: Query[Result]
+    target: str
     timeout: float | None
     metadata: tuple[tuple[str, str | bytes], ...]
     request_id: str
     span: trace.Span
     trace_id: str | None = None
+    answered: bool = False
     rpc: Any = field(init=False)
+    _abandoned: grpc.aio.AioRpcError | None = field(default=None, init=False)
 
-    def start(self, method: Callable[..., Any]) -> None:
-        """Sends the request; a closed channel raises ValueError."""
+    def start(self, method: Callable[..., Any], wait_for_ready: bool = False) -> None:
+        """Sends the request, once connected if `wait_for_ready`; a closed channel: ValueError."""
         try:
-            self.rpc = method(self.query.request, timeout=self.timeout, metadata=self.metadata)
+            self.rpc = method(
+                self.query.request,
+                timeout=self.timeout,
+                metadata=self.metadata,
+                wait_for_ready=wait_for_ready,
+            )
         except BaseException:
             self._end(grpc.StatusCode.CANCELLED, None)
             raise
+
+    def abandon(self, seconds: float, cause: str) -> None:
+        """Cancels the call for want of a connection; its reader gets to know the cause."""
+        late = self.timeout is not None and self.timeout <= seconds
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
+        message = f"cannot connect to {self.target} within {seconds:g} s: {cause}"
+        self._abandoned = _status(code, message)
+        self.rpc.cancel()
 
     @contextmanager
     def receiving(self, partial: Callable[[], Any] = lambda: None) -> Iterator[None]:
@@ -105,11 +133,11 @@ class Call(Generic[Result]):
             if task is not None and task.cancelling():
                 self.cancel()
                 raise
-            raise self._failed(_CLOSED, partial()) from None
+            raise self._failed(self._abandoned or _CLOSED, partial()) from None
         except grpc.FutureCancelledError:
-            raise self._failed(_CLOSED, partial()) from None
+            raise self._failed(self._abandoned or _CLOSED, partial()) from None
         except grpc.RpcError as error:
-            raise self._failed(error, partial()) from None
+            raise self._failed(self._abandoned or error, partial()) from None
         except BaseException:  # an interrupt, or the caller's own code
             self.cancel()
             raise
@@ -130,6 +158,11 @@ class Call(Generic[Result]):
 
     def _failed(self, status: Any, partial: Any) -> NanoInferError:
         error = from_status(status, self.request_id, partial)
+        if error.reason is None and self.target not in error.message:
+            if error.code is grpc.StatusCode.UNAVAILABLE:
+                error.message = f"{self.target}: {error.message}"
+            elif error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                error.message = f"{self.target} did not answer within {self.timeout or 0:g} s"
         self._end(error.code, error.reason)
         return error
 
@@ -146,9 +179,9 @@ class Call(Generic[Result]):
 class ClientBase:
     """Holds a gateway's channel.
 
-    `timeout` in seconds holds for calls that bring none; None means no deadline. Without
-    `wait_for_ready` a gateway that cannot be reached is `Unavailable` at once; with it, calls wait
-    for one until their timeout. `metadata` is sent with every call.
+    `timeout` in seconds holds for calls that bring none; None means no deadline. A gateway that
+    cannot be reached is waited for up to `connect_timeout` seconds of a call, then the call is
+    `Unavailable`; without `wait_for_ready` it is so at once. `metadata` is sent with every call.
     """
 
     _transport: ClassVar[Any]  # grpc or grpc.aio
@@ -159,21 +192,26 @@ class ClientBase:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
+        connect_timeout: float = DEFAULT_CONNECT_TIMEOUT,
         wait_for_ready: bool = True,
         metadata: Mapping[str, str | bytes] | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         tracer_provider: trace.TracerProvider | None = None,
     ) -> None:
-        if not target:
-            raise ValueError("target is empty")
+        check_target(target)
+        if not 0 < connect_timeout < math.inf:
+            raise ValueError(f"connect_timeout is a number of seconds, not {connect_timeout!r}")
         self.target = target
-        arguments = _channel_options(wait_for_ready, max_message_bytes)
+        arguments = _channel_options(connect_timeout, max_message_bytes)
         if credentials is None:
             self._channel = self._transport.insecure_channel(target, arguments)
         else:
             self._channel = self._transport.secure_channel(target, credentials, arguments)
         self._stub: Any = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self._timeout = timeout
+        self._connect_timeout = connect_timeout
+        self._waits = wait_for_ready
+        self._prepare()
         self._metadata = dict(metadata or {})
         self._tracer = trace.get_tracer("nanoinfer", package_version(), tracer_provider)
         self._attributes: dict[str, str | int] = {"rpc.system.name": "grpc"}
@@ -181,10 +219,19 @@ class ClientBase:
         if port.isdecimal():
             self._attributes |= {"server.address": host.strip("[]"), "server.port": int(port)}
 
+    def _prepare(self) -> None:
+        """Sets up what a transport needs besides."""
+
     def _method(self, query: Query[Any]) -> Any:
         return getattr(self._stub, query.method)
 
-    def _start(self, query: Query[Result], method: Callable[..., Any]) -> Call[Result]:
+    def _patience(self, call: Call[Any]) -> float:
+        """Seconds that a call waits for a connection."""
+        limits = (self._connect_timeout, call.timeout)
+        return min(limit for limit in limits if limit is not None)
+
+    def _call(self, query: Query[Result]) -> Call[Result]:
+        """A call that is ready to start; its span has begun."""
         settings = query.settings
         request_id = settings.get("request_id") or str(uuid.uuid4())
         headers: dict[str, str | bytes] = {**self._metadata, **(settings.get("metadata") or {})}
@@ -202,9 +249,7 @@ class ClientBase:
         metadata = (*headers.items(), *carrier.items())
         timeout = settings.get("timeout")
         timeout = self._timeout if timeout is None else timeout
-        call = Call(query, timeout, metadata, request_id, span)
-        call.start(method)
-        return call
+        return Call(query, self.target, timeout, metadata, request_id, span)
 
 
 def _check(metadata: Mapping[str, str | bytes]) -> None:

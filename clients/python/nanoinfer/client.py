@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self, Unpack
 
 import grpc
@@ -14,6 +14,7 @@ from nanoinfer.queries import Query, Result
 from nanoinfer.results import Completion
 from nanoinfer.streams import Stream, Until
 from nanoinfer.v1.generation_pb2 import ModelInfo, ServerInfo
+from nanoinfer.watchdog import Watchdog
 
 
 class Client(ClientBase):
@@ -107,6 +108,7 @@ class Client(ClientBase):
             except grpc.RpcError as error:
                 if error.code() in health.ANSWERED:
                     return
+                status = health.cause(error)
             if status == "SERVING":
                 return
             time.sleep(health.POLL_SECONDS)
@@ -121,6 +123,16 @@ class Client(ClientBase):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _prepare(self) -> None:
+        self._watchdog = Watchdog(self._channel, self._connect_timeout)
+
+    def _start(self, query: Query[Result], method: Callable[..., Any]) -> Call[Result]:
+        call = self._call(query)
+        call.start(method, self._waits)
+        if self._waits:
+            self._watchdog.add(call)
+        return call
 
     def _run(self, query: Query[Result]) -> Result:
         return _result(self._future(query))

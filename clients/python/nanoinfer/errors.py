@@ -6,6 +6,7 @@ The details are those of `google.rpc`: ErrorInfo, BadRequest, RetryInfo.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
@@ -78,6 +79,13 @@ class Overloaded(NanoInferError, codes=(Code.RESOURCE_EXHAUSTED,)):
     """The server is full; `retry_after` says when to try again."""
 
 
+class TooLarge(NanoInferError):
+    """A message or its metadata exceeds a limit of the client or the server; repeating is no help.
+
+    RESOURCE_EXHAUSTED, as `Overloaded` is, but from gRPC itself or with a reason of that kind.
+    """
+
+
 class Unavailable(NanoInferError, codes=(Code.UNAVAILABLE,)):
     """Nobody answers, or the server is starting or ending."""
 
@@ -98,6 +106,39 @@ class ServerError(NanoInferError):
     """The server failed; its log has the details under `request_id`."""
 
 
+# how gRPC's implementations say it; there is no other sign
+_SIZES = re.compile(r"(\w+): (\w+) message larger than max \((\d+) vs\. (\d+)\)")
+_IS_SIZE = re.compile(r"larger than max|exceeds maximum size|metadata size exceeds", re.IGNORECASE)
+_TOO_LARGE = {
+    (
+        "CLIENT",
+        "Sent",
+    ): "the request has {} bytes, this client sends at most {} (max_message_bytes)",
+    ("CLIENT", "Received"): (
+        "the response has {} bytes, this client takes at most {} (max_message_bytes)"
+    ),
+    ("SERVER", "Received"): "the request has {} bytes, the server takes at most {}",
+    ("SERVER", "Sent"): "the response has {} bytes, the server sends at most {}",
+}
+
+
+def _class(code: Code, reason: str | None, message: str) -> type[NanoInferError]:
+    if code is Code.RESOURCE_EXHAUSTED and (
+        reason.endswith("_TOO_LARGE") if reason else _IS_SIZE.search(message)
+    ):
+        return TooLarge
+    return _CLASSES.get(code, ServerError)
+
+
+def _explained(message: str) -> str:
+    """gRPC's own words on sizes, with the limit's name."""
+    found = _SIZES.search(message)
+    text = found and _TOO_LARGE.get((found[1], found[2]))
+    if found and text:
+        return text.format(f"{int(found[3]):,}", f"{int(found[4]):,}")
+    return message.replace("received metadata size", "the size of the metadata (headers)")
+
+
 def from_status(status: Any, request_id: str, partial: Completion | None) -> NanoInferError:
     """Builds the exception of a grpc.RpcError. Details that do not parse are left out."""
     trailing = {key: value for key, value in status.trailing_metadata() or ()}
@@ -110,8 +151,10 @@ def from_status(status: Any, request_id: str, partial: Completion | None) -> Nan
         for kind in (info, bad, retry):
             detail.Unpack(kind)
     retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return _CLASSES.get(status.code(), ServerError)(
-        status.details() or "",
+    message = status.details() or ""
+    kind = _class(status.code(), info.reason or None, message)
+    return kind(
+        _explained(message) if kind is TooLarge and not info.reason else message,
         code=status.code(),
         reason=info.reason or None,
         metadata=dict(info.metadata),

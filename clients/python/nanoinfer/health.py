@@ -4,6 +4,7 @@ HealthCheckRequest has one string field 1 and HealthCheckResponse one enum field
 form of the well-known wrappers used here.
 """
 
+import re
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from nanoinfer.errors import Unavailable
 CHECK = "/grpc.health.v1.Health/Check"
 READINESS = "readiness"
 POLL_SECONDS = 0.1
+PROBE_SECONDS = 0.5  # for the cause, which a channel that could not connect has at hand
 STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 # a server without the health service, or without the name, answers and so is reachable
 ANSWERED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND)
@@ -31,6 +33,14 @@ def check(target: str, service: str, timeout: float) -> str:
             return str(method(channel)(service, timeout=timeout))
         except grpc.RpcError as error:
             return error.code().name
+
+
+def cause(error: Any) -> str:
+    """Why a server could not be reached, as gRPC tells it."""
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "no answer; a firewall drops the packets, or what listens there does not speak gRPC"
+    text = str(error.details() or error.code().name).rpartition("last error: ")[2]
+    return re.sub(r"^[A-Z_]+: ", "", text)
 
 
 def not_ready(target: str, timeout: float, status: str) -> Unavailable:

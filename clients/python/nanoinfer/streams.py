@@ -5,7 +5,7 @@ which frees everything upstream.
 """
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -61,6 +61,7 @@ class _StreamState:
             raise
 
     def _feed(self, message: Any) -> None:
+        self._call.answered = True
         for part in ("prompt_info", "summary"):
             if message.HasField(part):
                 getattr(self._whole, part).CopyFrom(getattr(message, part))
@@ -147,7 +148,16 @@ class Stream(_StreamState):
 
 
 class AsyncStream(_StreamState):
-    """Deltas of one request, for an event loop."""
+    """Deltas of one request, for an event loop; the first one waits for `connect`."""
+
+    def __init__(
+        self,
+        call: Call[Completion],
+        until: Until | None,
+        connect: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(call, until)
+        self._connect: Callable[[], Awaitable[None]] | None = connect
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -157,6 +167,9 @@ class AsyncStream(_StreamState):
         rpc = self._call.rpc
         while self._open and not self._waiting:
             with self._receiving():
+                if self._connect is not None:
+                    connect, self._connect = self._connect, None
+                    await connect()
                 if (message := await rpc.read()) is grpc.aio.EOF:  # type: ignore[attr-defined]
                     self._finish(await rpc.trailing_metadata())
                 else:

@@ -1,9 +1,11 @@
 """The command line, `nanoinfer VERB`.
 
-Exit codes: 0 success, 1 error, 2 usage, 3 unavailable, 4 invalid request (unknown model and missing
-feature included), 5 overloaded, 124 deadline exceeded, 130 interrupted, 143 terminated.
+Exit codes: 0 success, 1 error, 2 usage, 3 unavailable, 4 invalid request (unknown model, missing
+feature and a message beyond the limits included), 5 overloaded, 124 deadline exceeded, 130
+interrupted, 143 terminated.
 """
 
+import os
 import sys
 from importlib import import_module
 
@@ -12,6 +14,8 @@ _EXTRA = ("typer", "rich")
 
 def main() -> None:
     """Runs the command line; without the packages of the `cli` extra it says so."""
+    # gRPC's core would write lines of its own into answers. Read when gRPC is loaded, so set here.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app = import_module("nanoinfer.cli.app").app
     except ModuleNotFoundError as error:

@@ -74,6 +74,9 @@ def trace(
         raise typer.BadParameter("--target is a running model; --model starts another")
     if collector and not target:
         raise typer.BadParameter("--collector belongs to a --target")
+    for flag, address in (("--target", target), ("--collector", collector)):
+        if address is not None:
+            arguments.check_address(flag, address)
     text = arguments.read_prompt(prompt)
     _need("trace", "all")
     tracing, stack = import_module("nanoinfer.cli.tracing"), import_module("nanoinfer.cli.stack")
@@ -169,6 +172,7 @@ def health(
     json: Json = False,
 ) -> None:
     """Ask whether a server is ready; exit code 3 where it is not."""
+    arguments.check_address("--target", target)
     status = grpc_health.check(target, service, timeout)
     console.show(status, {"target": target, "service": service, "status": status}, json)
     if status != "SERVING":

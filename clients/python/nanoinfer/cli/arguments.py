@@ -20,13 +20,14 @@ from nanoinfer.base import DEFAULT_TARGET
 from nanoinfer.cli import console
 from nanoinfer.client import Client
 from nanoinfer.options import Options
+from nanoinfer.targets import check_target
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PromptArgument = Annotated[
     str | None, typer.Argument(help="The prompt; `-` or nothing reads standard input.")
 ]
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
-ConnectTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the gateway.")]
+ConnectTimeout = Annotated[float, typer.Option(min=0.001, help="Seconds to wait for the gateway.")]
 Target = Annotated[str, typer.Option(help="The gateway's address.", envvar="NANOINFER_TARGET")]
 _Level = Literal["debug", "info", "warning", "error"]
 _LogLevel = typer.Option(help="Show logs from here on.", envvar="NANOINFER_LOG_LEVEL")
@@ -48,9 +49,10 @@ class Gateway:
     @contextmanager
     def connect(self, tracer_provider: TracerProvider | None = None) -> Iterator[Client]:
         """A client whose gateway is ready."""
-        if not self.target:
-            raise typer.BadParameter("--target is empty")
-        with Client(self.target, tracer_provider=tracer_provider) as client:
+        check_address("--target", self.target)
+        with Client(
+            self.target, connect_timeout=self.connect_timeout, tracer_provider=tracer_provider
+        ) as client:
             with console.Progress(f"waiting for {self.target}"):
                 client.wait_until_ready(self.connect_timeout)
             yield client
@@ -75,6 +77,14 @@ class Ports:
     port: Annotated[int, _Port] = 50051
     collector_port: Annotated[int, _CollectorPort] = 0
     metrics_port: Annotated[int | None, _MetricsPort] = None
+
+
+def check_address(flag: str, address: str) -> None:
+    """Makes a usage error of an address that cannot be meant."""
+    try:
+        check_target(address)
+    except ValueError as error:
+        raise typer.BadParameter(f"{flag}: {error}") from error
 
 
 def verb(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,13 @@ from rich.status import Status
 
 from nanoinfer import errors
 
-_INVALID = (errors.InvalidRequest, errors.NotFound, errors.Unsupported, errors.PreconditionFailed)
+_INVALID = (
+    errors.InvalidRequest,
+    errors.NotFound,
+    errors.PreconditionFailed,
+    errors.TooLarge,
+    errors.Unsupported,
+)
 _EXIT_CODES: dict[type[errors.NanoInferError], int] = {
     **dict.fromkeys(_INVALID, 4),
     **{errors.Unavailable: 3, errors.Overloaded: 5, errors.DeadlineExceeded: 124},
@@ -57,8 +63,9 @@ def write(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Writes a line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Writes a line to standard error, where there is one."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def show(text: str, value: object, as_json: bool) -> None:
