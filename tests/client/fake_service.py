@@ -21,7 +21,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 
 def record(name: str, event: str) -> None:
-    line = json.dumps({"name": name, "event": event, "time": time.monotonic(), "argv": sys.argv})
+    entry = {"name": name, "event": event, "time": time.monotonic(), "argv": sys.argv}
+    entry["environment"] = dict(os.environ)
+    line = json.dumps(entry)
     with Path(os.environ["FAKE_EVENTS"]).open("a") as file:
         file.write(line + "\n")
 

@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -260,6 +261,44 @@ def test_up_reads_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert run("up", *model).exit_code == 2, name
         monkeypatch.delenv(name)
     assert len(seen) == 2
+
+
+def test_up_listens_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        stack, "run_until_told", lambda settings, ports, as_json: seen.append(ports.host)
+    )
+    model = ["--model", str(tmp_path)]
+    assert run("up", *model).exit_code == 0
+    monkeypatch.setenv("NANOINFER_HOST", "127.0.0.2")
+    assert run("up", *model).exit_code == 0
+    assert run("up", *model, "--host", "127.0.0.3").exit_code == 0
+    assert seen == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+
+
+@pytest.mark.parametrize("verb", ["up", "trace"])
+def test_a_misspelt_variable_is_refused_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    monkeypatch.setattr(stack, "Stack", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("NANOINFER_MAX_MODEL_LENGTH", "512")
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run(verb, "--model", str(tmp_path), *(["x"] if verb == "trace" else []))
+    assert result.exit_code == 2
+    assert "NANOINFER_MAX_MODEL_LENGTH is no setting" in result.stderr
+    assert "did you mean NANOINFER_MAX_MODEL_LEN?" in result.stderr
+
+
+def test_lines_of_grpc_itself_stay_out(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [*NANOINFER, "up", "--model", str(tmp_path), "--collector-port", port]
+        quiet = run_process([*command, "--port", "0"])
+        asked = run_process(["env", "GRPC_VERBOSITY=ERROR", *command, "--port", "0"])
+    assert (quiet.returncode, asked.returncode) == (1, 1)
+    assert quiet.stderr == f"nanoinfer: cannot listen on port {port}: is it in use?\n"
+    assert "add_port.cc" in asked.stderr
 
 
 def test_no_gateway() -> None:

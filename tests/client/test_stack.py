@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from nanoinfer.cli import state
 from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.cli.collector import Collector
 from nanoinfer.cli.console import CommandError
-from nanoinfer.cli.stack import Interrupts, Stack
+from nanoinfer.cli.stack import Interrupts, Stack, _callable, _wanted
 from nanoinfer.cli.state import Running
 
 from tests.client.fake_gateway import Behaviour, running_gateway
@@ -255,3 +256,157 @@ def test_without_a_writable_place_up_still_works(
     with state.published(Running("a", "b", 1)):
         pass
     assert "will not find this stack" in capsys.readouterr().err
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def taken_port(host: str = "127.0.0.1") -> Iterator[int]:
+    with socket.create_server((host, 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("which", ["port", "metrics_port"])
+def test_a_taken_port_is_told_before_anything_is_started(events_file: Path, which: str) -> None:
+    with taken_port() as port, Interrupts() as interrupts:
+        wanted = Ports(port=port) if which == "port" else Ports(port=0, metrics_port=port)
+        settings = StackSettings(Path("m"), commands=commands({}))
+        told = f"cannot listen on port {port} of 127.0.0.1: Address already in use"
+        with pytest.raises(CommandError, match=told):
+            Stack(settings, interrupts, wanted)
+    assert events(events_file) == []
+
+
+def test_every_port_that_is_asked_for_is_looked_at() -> None:
+    ports = Ports(port=7, metrics_port=9000, host="127.0.0.2")
+    assert list(_wanted(ports)) == [
+        ("127.0.0.2", 7),
+        ("127.0.0.2", 9000),
+        ("127.0.0.1", 9001),
+        ("127.0.0.1", 9002),
+    ]
+    assert list(_wanted(Ports(port=0, metrics_port=0))) == []
+
+
+def test_a_port_that_is_taken_elsewhere_is_free_here(events_file: Path) -> None:
+    with taken_port("127.0.0.2") as port, Interrupts() as interrupts:
+        settings = StackSettings(Path("m"), commands=commands({}))
+        Stack(settings, interrupts, Ports(port=port))
+        with pytest.raises(CommandError, match=r"of 127\.0\.0\.2: Address already in use"):
+            Stack(settings, interrupts, Ports(port=port, host="127.0.0.2"))
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_this_machine_is_told_at_once(events_file: Path, host: str) -> None:
+    with Interrupts() as interrupts, pytest.raises(CommandError, match=f"of {host}: "):
+        Stack(StackSettings(Path("m")), interrupts, Ports(port=free_port(), host=host))
+    assert events(events_file) == []
+
+
+def test_the_host_is_the_gateways_alone(events_file: Path) -> None:
+    settings = StackSettings(Path("m"), commands=commands({}))
+    with Interrupts() as interrupts, Stack(settings, interrupts, Ports(port=0, host="127.0.0.2")):
+        pass
+    told = {event["name"]: event["argv"] for event in events(events_file)}
+    hosts = {name: argv[argv.index("--host") + 1] for name, argv in told.items()}
+    assert hosts == {"gateway": "127.0.0.2", "tokenizer": "127.0.0.1", "engine": "127.0.0.1"}
+    assert "--trust-incoming-trace" in told["gateway"]
+
+
+def test_callers_from_elsewhere_are_not_trusted_with_their_trace(events_file: Path) -> None:
+    settings = StackSettings(Path("m"), commands=commands({}))
+    with Interrupts() as interrupts, Stack(settings, interrupts, Ports(port=0, host="0.0.0.0")):
+        pass
+    told = {event["name"]: event["argv"] for event in events(events_file)}
+    assert "--trust-incoming-trace" not in told["gateway"]
+    assert "--trust-incoming-trace" in told["engine"]
+
+
+@pytest.mark.parametrize(
+    ("listened", "called"),
+    [
+        ("0.0.0.0:5", "127.0.0.1:5"),
+        ("[::]:5", "[::1]:5"),
+        ("127.0.0.2:5", "127.0.0.2:5"),
+        ("[fe80::1]:5", "[fe80::1]:5"),
+    ],
+)
+def test_what_stands_for_every_address_is_called_on_loopback(listened: str, called: str) -> None:
+    assert _callable(listened) == called
+
+
+def environments(path: Path) -> dict[str, dict[str, str]]:
+    return {event["name"]: event["environment"] for event in events(path)}
+
+
+@contextmanager
+def stack_that_keeps_the_export() -> Iterator[Stack]:
+    settings = StackSettings(Path("m"), commands=commands({}))
+    ports = Ports(port=0)
+    with Interrupts() as interrupts, Stack(settings, interrupts, ports, keep_export=True) as stack:
+        yield stack
+
+
+def test_up_leaves_the_export_of_spans_as_the_environment_has_it(
+    events_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317",
+        "OTEL_EXPORTER_OTLP_HEADERS": "api-key=k",
+        "OTEL_TRACES_SAMPLER": "traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": "0.1",
+        "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with stack_that_keeps_the_export() as stack:
+        assert stack.running.collector is None
+    found = environments(events_file)
+    assert set(found) == {"gateway", "tokenizer", "engine"}
+    for environment in found.values():
+        kept = {name: value for name, value in environment.items() if name.startswith("OTEL_")}
+        assert kept == given
+
+
+def test_up_collects_spans_as_they_are_sampled_where_none_go_elsewhere(
+    events_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    with stack_that_keeps_the_export() as stack:
+        collector = stack.running.collector
+    environment = environments(events_file)["engine"]
+    assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://{collector}"
+    assert environment["OTEL_TRACES_SAMPLER"] == "always_off"
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL" not in environment
+    assert "not used here: OTEL_EXPORTER_OTLP_PROTOCOL" in capsys.readouterr().err
+
+
+def test_tracing_that_is_off_stays_off(events_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    with stack_that_keeps_the_export() as stack:
+        assert stack.running.collector is None
+    assert environments(events_file)["gateway"]["OTEL_SDK_DISABLED"] == "true"
+
+
+def test_settings_of_the_services_hold_unless_up_has_a_flag_for_them(
+    events_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NANOINFER_LOG_FORMAT", "json")
+    monkeypatch.setenv("NANOINFER_TRUST_INCOMING_TRACE", "false")
+    monkeypatch.setenv("NANOINFER_HOST", "0.0.0.0")
+    monkeypatch.setenv("NANOINFER_ENGINE", "127.0.0.1:1")
+    settings = StackSettings(Path("m"), commands=commands({}))
+    with Interrupts() as interrupts, Stack(settings, interrupts, Ports(port=0)):
+        pass
+    for event in events(events_file):
+        assert not {"--log-format", "--trust-incoming-trace"} & set(event["argv"])
+        assert event["environment"]["NANOINFER_LOG_FORMAT"] == "json"
+        assert "NANOINFER_ENGINE" not in event["environment"]
+        assert "NANOINFER_HOST" not in event["environment"]
+    assert "not used here: NANOINFER_ENGINE" in capsys.readouterr().err

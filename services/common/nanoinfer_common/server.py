@@ -33,6 +33,7 @@ from nanoinfer_common.interceptors import REFUSAL_RETRY_SECONDS, RpcInterceptor
 from nanoinfer_common.logs import LOST_ENTRIES, configure_logging, open_standard_streams
 from nanoinfer_common.metrics import MetricsServer
 from nanoinfer_common.status import ServiceStatus
+from nanoinfer_common.variables import unknown_variables
 
 __all__ = ["RunningServer", "Service", "ServiceStatus", "StartError", "running", "serve"]
 
@@ -123,6 +124,8 @@ async def _main(service_factory: ServiceFactory, settings: ServiceSettings) -> i
     try:
         server = _Server(service_factory, settings)
         configure_logging(server.service.name, settings.log_level, settings.log_format)
+        for description in unknown_variables(os.environ):
+            log.warning("unknown variable", variable=description)
         flush = telemetry.configure_tracing(server.service.name)
     except StartError as error:
         log.error("cannot start", error=str(error))

@@ -15,7 +15,7 @@ import typer
 
 from nanoinfer import health as grpc_health
 from nanoinfer.base import package_version
-from nanoinfer.cli import arguments, console, state
+from nanoinfer.cli import arguments, console, environment, state
 from nanoinfer.cli.answers import conversation, converse, show
 from nanoinfer.cli.arguments import Gateway, Json, Ports, PromptArgument, StackSettings, System
 from nanoinfer.v1 import generation_pb2
@@ -42,9 +42,11 @@ def up(settings: StackSettings, ports: Ports, json: Json = False) -> None:
     """Start tokenizer, engine and gateway here; Ctrl-C ends them.
 
     The default model is NANOINFER_MODEL, else models/guide here or in this checkout.
-    Other settings reach the services through their environment variables (NANOINFER_...).
+    Other settings reach the services through their environment variables (NANOINFER_...). Spans
+    stay here for `trace`, unless OTEL_EXPORTER_OTLP_ENDPOINT sends them elsewhere.
     """
     _need("up", "all")
+    environment.check_variables()
     stack = import_module("nanoinfer.cli.stack")
     stack.run_until_told(_with_model(settings), ports, as_json=json)
 
@@ -82,14 +84,17 @@ def trace(
     tracing, stack = import_module("nanoinfer.cli.tracing"), import_module("nanoinfer.cli.stack")
     with stack.Interrupts() as interrupts, ExitStack() as exits:
         running = None if own else state.find(target)
-        if running:
-            target, collector = running.target, collector or running.collector
-        elif target is None:
+        if running is None and target is None:
+            environment.check_variables()
             started = stack.Stack(_with_model(settings), interrupts, Ports(port=0))
             running = exits.enter_context(started).running
-            target, collector = running.target, running.collector
-        elif collector is None:
+        elif running is None and collector is None:
             raise typer.BadParameter(f"no `up` of yours at {target}: name its --collector")
+        if running is not None:
+            target, collector = running.target, collector or running.collector
+        if target is None or collector is None:
+            elsewhere = f"the spans of `up` at {target} go elsewhere"
+            raise typer.BadParameter(f"{elsewhere}: give --target and --collector")
         gateway = Gateway(target, connect_timeout)
         with interrupts.raising():
             asked = text if raw else conversation(text, system)

@@ -33,6 +33,7 @@ _Level = Literal["debug", "info", "warning", "error"]
 _LogLevel = typer.Option(help="Show logs from here on.", envvar="NANOINFER_LOG_LEVEL")
 _LISTEN = "Where to listen; 0 is a free port."
 _Port = typer.Option(min=0, max=65535, help=_LISTEN, envvar="NANOINFER_PORT")
+_Host = typer.Option(help="Address where the gateway listens.", envvar="NANOINFER_HOST")
 _CollectorPort = typer.Option(min=0, max=65535, help=_LISTEN)
 _MetricsPort = typer.Option(
     min=0, max=65533, help="First of three ports with /metrics.", envvar="NANOINFER_METRICS_PORT"
@@ -77,6 +78,7 @@ class Ports:
     port: Annotated[int, _Port] = 50051
     collector_port: Annotated[int, _CollectorPort] = 0
     metrics_port: Annotated[int | None, _MetricsPort] = None
+    host: Annotated[str, _Host] = "127.0.0.1"
 
 
 def check_address(flag: str, address: str) -> None:

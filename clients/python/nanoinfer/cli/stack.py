@@ -5,8 +5,10 @@ process leads its own group, so that Ctrl-C reaches this program alone and the g
 first, never sees its upstreams go. On Linux they end when this process does, however that happens.
 """
 
+import ipaddress
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from nanoinfer import health
 from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.cli.collector import Collector
 from nanoinfer.cli.console import CommandError, Progress, note, show
+from nanoinfer.cli.environment import exports_elsewhere, service_environment, unused_variables
 from nanoinfer.cli.state import Running, published
 
 POLL_SECONDS = 0.05
@@ -33,6 +36,9 @@ STOP_SECONDS = 40.0  # longer than the services' own drain
 NUM_SHOWN_LINES = 20
 TERMINATED = 143
 SERVICES = ("gateway", "tokenizer", "engine")
+LOOPBACK = "127.0.0.1"
+# listened on, they mean every address; this machine's own is the one to call
+_EVERYWHERE = {"0.0.0.0": LOOPBACK, "[::]": "[::1]"}
 # asks Linux to end this process with its parent (prctl PR_SET_PDEATHSIG), then becomes the service
 _TIED = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, int(signal.SIGTERM));"
@@ -134,21 +140,37 @@ class _Child:
 class Stack:
     """The three services, ready inside the `with` block and gone after it.
 
-    CommandError: a service ended or was not ready in time. KeyboardInterrupt: a signal came first.
+    Every span comes to this process; with `keep_export`, only where the environment sends them
+    nowhere else, and as it has them sampled. CommandError: a port is taken, a service ended or was
+    not ready in time. KeyboardInterrupt: a signal came first.
     """
 
     running: Running
 
-    def __init__(self, settings: StackSettings, interrupts: Interrupts, ports: Ports) -> None:
+    def __init__(
+        self,
+        settings: StackSettings,
+        interrupts: Interrupts,
+        ports: Ports,
+        *,
+        keep_export: bool = False,
+    ) -> None:
         self._settings = settings
         self._interrupts = interrupts
         self._ports = ports
+        self._keep_export = keep_export
         self._children: dict[str, _Child] = {}
-        try:
-            self._collector = Collector(ports.collector_port)
-        except RuntimeError as error:
-            port = ports.collector_port
-            raise CommandError(f"cannot listen on port {port}: is it in use?") from error
+        self._collector: Collector | None = None
+        for host, port in _wanted(ports):
+            _check_free(host, port)
+        if not (keep_export and exports_elsewhere()):
+            try:
+                self._collector = Collector(ports.collector_port)
+            except RuntimeError as error:
+                port = ports.collector_port
+                raise CommandError(f"cannot listen on port {port}: is it in use?") from error
+        if unused := list(unused_variables(self._collector is not None, not keep_export)):
+            note(f"not used here: {', '.join(unused)}")
 
     def check(self) -> None:
         """Raises CommandError where a service has ended, KeyboardInterrupt where a signal came."""
@@ -157,7 +179,8 @@ class Stack:
             child.check()
 
     def __enter__(self) -> Self:
-        self._collector.__enter__()
+        if self._collector is not None:
+            self._collector.__enter__()
         try:
             with Progress("starting") as progress, tempfile.TemporaryDirectory() as directory:
                 self._start(Path(directory), progress)
@@ -175,7 +198,8 @@ class Stack:
                 end = time.monotonic() + STOP_SECONDS
                 for child in children:
                     child.wait(end, self._interrupts)
-        self._collector.__exit__()
+        if self._collector is not None:
+            self._collector.__exit__()
 
     def _start(self, directory: Path, progress: Progress) -> None:
         settings = self._settings
@@ -193,13 +217,14 @@ class Stack:
                 port_file = directory / child.name
                 text = port_file.read_text() if port_file.exists() else ""
                 if text.endswith("\n") and not child.ready:
-                    address = addresses[child.name] = text.split()[-1]
+                    address = addresses[child.name] = _callable(text.split()[-1])
                     status = health.check(address, health.READINESS, CHECK_SECONDS)
                     child.ready = status == "SERVING"
             if len(addresses) == 2 and "gateway" not in self._children:
                 upstreams = [w for name in addresses for w in (f"--{name}", addresses[name])]
                 self._spawn("gateway", directory, upstreams)
-        self.running = Running(addresses["gateway"], self._collector.address, os.getpid())
+        collector = None if self._collector is None else self._collector.address
+        self.running = Running(addresses["gateway"], collector, os.getpid())
 
     def _tick(self, end: float, progress: Progress) -> None:
         self.check()
@@ -217,37 +242,68 @@ class Stack:
         metrics = "none"
         if ports.metrics_port is not None:
             metrics = str(ports.metrics_port and ports.metrics_port + SERVICES.index(name))
-        common = ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", metrics]
-        common += ["--log-level", settings.log_level or "warning", "--log-format", "console"]
-        common += ["--trust-incoming-trace"]  # all callers are on this machine
+        host = ports.host if name == "gateway" else LOOPBACK
+        common = ["--host", host, "--port", str(port), "--metrics-port", metrics]
+        common += ["--log-level", settings.log_level or "warning"]
+        if "NANOINFER_LOG_FORMAT" not in os.environ:
+            common += ["--log-format", "console"]
+        if _is_loopback(host) and "NANOINFER_TRUST_INCOMING_TRACE" not in os.environ:
+            common += ["--trust-incoming-trace"]  # all callers are on this machine
         common += ["--port-file", str(directory / name)]
         whole = [*command, *common, *flags]
         forward = settings.log_level is not None
         self._children[name] = _Child(name, whole, self._environment(), forward)
 
     def _environment(self) -> dict[str, str]:
-        """This process's, with every span going to the collector at once.
+        collector = None if self._collector is None else self._collector.address
+        return service_environment(collector, complete=not self._keep_export)
 
-        What `up` takes from it for the whole stack is left out: each service has flags instead.
-        """
-        other = {name for name in os.environ if name.startswith("OTEL_")}
-        other -= {"OTEL_RESOURCE_ATTRIBUTES"}
-        other |= {"NANOINFER_PORT", "NANOINFER_METRICS_PORT", "NANOINFER_LOG_LEVEL"}
-        return {name: os.environ[name] for name in os.environ.keys() - other} | {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{self._collector.address}",
-            "OTEL_EXPORTER_OTLP_INSECURE": "true",
-            "OTEL_BSP_SCHEDULE_DELAY": "100",
-            "OTEL_TRACES_SAMPLER": "always_on",
-        }
+
+def _wanted(ports: Ports) -> Iterator[tuple[str, int]]:
+    """The addresses that the flags ask for, other than free ones and the collector's."""
+    if ports.port:
+        yield ports.host, ports.port
+    if ports.metrics_port:
+        for number, name in enumerate(SERVICES):
+            host = ports.host if name == "gateway" else LOOPBACK
+            yield host, ports.metrics_port + number
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises CommandError where nothing can listen, before a model is loaded in vain."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CommandError(f"cannot listen on port {port} of {host}: {reason}") from error
+
+
+def _callable(address: str) -> str:
+    """An address that can be called, where one that is listened on stands for all."""
+    host, _, port = address.rpartition(":")
+    return f"{_EVERYWHERE.get(host, host)}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def run_until_told(settings: StackSettings, ports: Ports, *, as_json: bool) -> None:
     """Runs a stack until a signal comes. CommandError where one of its services ends."""
     with Interrupts() as interrupts, suppress(KeyboardInterrupt), ExitStack() as exits:
-        stack = exits.enter_context(Stack(settings, interrupts, ports))
+        stack = exits.enter_context(Stack(settings, interrupts, ports, keep_export=True))
         running = stack.running
         exits.enter_context(published(running))
-        text = f"nanoinfer is ready at {running.target} (spans at {running.collector})"
+        spans = running.collector or "where OTEL_... says"
+        text = f"nanoinfer is ready at {running.target} (spans at {spans})"
         show(text, {"ready": True, **asdict(running)}, as_json)
         while True:
             stack.check()

@@ -13,10 +13,13 @@ from nanoinfer.cli import console
 
 @dataclass(frozen=True)
 class Running:
-    """A running stack: the gateway's address, the span collector's, the process that holds both."""
+    """A running stack: the gateway's address, the span collector's, the process that holds both.
+
+    Without a collector its spans go elsewhere.
+    """
 
     target: str
-    collector: str
+    collector: str | None
     pid: int
 
 
