@@ -58,11 +58,14 @@ class Arrival:
 
 @dataclass
 class Behaviour:
-    """What a test may change: words to stream, or a function that answers instead."""
+    """What a test may change: words to stream, a function that answers instead, the model."""
 
     words: Sequence[str] = ("Hello", ", ", "world")
     stream: Callable[[Any, grpc.ServicerContext], Iterator[Any]] | None = None
     unary: Callable[[Any, grpc.ServicerContext], Any] | None = None
+    model: generation_pb2.ModelInfo = field(
+        default_factory=lambda: generation_pb2.ModelInfo(max_model_len=128)
+    )
     arrivals: list[Arrival] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -165,7 +168,8 @@ class FakeGateway(gateway_pb2_grpc.GatewayServiceServicer):
         return self._unary("ListModels", request, context, response)
 
     def GetModelInfo(self, request: Any, context: Any) -> Any:
-        model = generation_pb2.ModelInfo(id=request.model or "served", max_model_len=128)
+        model = generation_pb2.ModelInfo(id=request.model or "served")
+        model.MergeFrom(self._behaviour.model)
         response = gateway_pb2.GatewayServiceGetModelInfoResponse(model=model)
         return self._unary("GetModelInfo", request, context, response)
 

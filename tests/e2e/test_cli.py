@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def test_a_refused_request_has_its_own_exit_code(stack: Stack) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_up_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
+def test_up_serves_where_it_is_told_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    own = {"XDG_RUNTIME_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     log = tmp_path / "up.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -71,14 +73,16 @@ def test_up_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
+            env={**os.environ, **own, "NANOINFER_HOST": "127.0.0.2"},
         )
     try:
         end = time.monotonic() + 90
-        while "ready" not in log.read_text():
+        while "is ready at" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
+        (target,) = re.findall(r"ready at (127\.0\.0\.2:\d+)", log.read_text())
+        assert run("health", "--target", target).stdout == "SERVING\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0, log.read_text()
     finally:

@@ -221,6 +221,7 @@ def test_models_publish_their_defaults(gateway: gateway_pb2_grpc.GatewayServiceS
         if f.has_presence and f.name != "seed" and not model.default_sampling.HasField(f.name)
     }
     assert unset == set()
+    assert model.stated_sampling == generation_pb2.SamplingParams(temperature=0)  # do_sample: false
     assert len(model.tokenizer_fingerprint) == 32
     assert len(model.weights_fingerprint) == 32
 

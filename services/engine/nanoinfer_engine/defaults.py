@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from nanoinfer_engine.config import CheckpointError
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Values for unset fields; the initial ones hold where the checkpoint says nothing."""
+    """Values for unset fields; the initial ones hold where the checkpoint says nothing.
+
+    `stated` names the fields that the checkpoint does say something about.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    stated: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
@@ -47,7 +51,14 @@ def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
         top_k=int(_number(values, "top_k", 0, 0, 2**31 - 1)),
         min_p=_number(values, "min_p", 0.0, 0, 1),
         repetition_penalty=_number(values, "repetition_penalty", 1.0, 1e-6, 10),
+        stated=_stated(values),
     )
+
+
+def _stated(values: Mapping[str, Any]) -> frozenset[str]:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    greedy = {"temperature"} if values.get("do_sample") is False else set()
+    return frozenset(greedy | {name for name in names if values.get(name) is not None})
 
 
 def _number(

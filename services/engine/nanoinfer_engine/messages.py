@@ -88,6 +88,9 @@ class ServedModel:
                 presence_penalty=0.0,
                 n=1,
             ),
+            stated_sampling=generation_pb2.SamplingParams(
+                **{name: getattr(self.defaults, name) for name in self.defaults.stated}
+            ),
             features=sorted(self.features),
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             weights_fingerprint=self.weights_fingerprint,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 from nanoinfer.v1 import engine_pb2
 from nanoinfer_engine.answers import Answer
 from nanoinfer_engine.capacity import Capacity
@@ -82,3 +83,14 @@ async def test_a_failure_leaves_what_waits_unsent() -> None:
     failed = RequestOutput(first, finish_reason=FinishReason.ERROR, error=RuntimeError("lost"))
     assert answer.message([failed]) is None
     assert answer.num_sent_tokens == 0
+
+
+@pytest.mark.parametrize("stated", [set(), {"temperature"}, {"top_k", "min_p"}])
+def test_a_model_publishes_which_defaults_its_checkpoint_states(stated: set[str]) -> None:
+    defaults = SamplingDefaults(0.0, 0.5, 7, 0.25, stated=frozenset(stated))
+    info = replace(MODEL, defaults=defaults).info()
+    assert info.HasField("stated_sampling")
+    assert {field.name for field, _ in info.stated_sampling.ListFields()} == stated
+    for name in stated:
+        published = getattr(info.default_sampling, name)
+        assert getattr(info.stated_sampling, name) == published == getattr(defaults, name)

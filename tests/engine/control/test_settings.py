@@ -101,6 +101,25 @@ def test_defaults_of_a_checkpoint(tmp_path: Path, text: str, expected: SamplingD
 
 
 @pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("{}", set()),
+        ('{"temperature": null, "eos_token_id": 1}', set()),
+        ('{"do_sample": true}', set()),
+        ('{"do_sample": false}', {"temperature"}),
+        ('{"temperature": 1.0}', {"temperature"}),
+        ('{"top_k": 0, "top_p": 1.0, "min_p": 0.0}', {"top_k", "top_p", "min_p"}),
+        ('{"repetition_penalty": 1.1}', {"repetition_penalty"}),
+    ],
+)
+def test_what_a_checkpoint_states_is_told_from_what_it_leaves_open(
+    tmp_path: Path, text: str, stated: set[str]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    assert read_sampling_defaults(tmp_path).stated == stated
+
+
+@pytest.mark.parametrize(
     "text", ["[", "[]", '{"temperature": "hot"}', '{"top_p": 0}', '{"temperature": NaN}']
 )
 def test_invalid_defaults_refuse_the_checkpoint(tmp_path: Path, text: str) -> None:
@@ -111,6 +130,7 @@ def test_invalid_defaults_refuse_the_checkpoint(tmp_path: Path, text: str) -> No
 
 def test_no_file_means_the_contract_defaults(tmp_path: Path) -> None:
     assert read_sampling_defaults(tmp_path) == SamplingDefaults(1.0, 1.0, 0, 0.0)
+    assert read_sampling_defaults(tmp_path).stated == set()
 
 
 def test_the_process_serves_drains_and_exits(tiny_model: Path, tmp_path: Path) -> None:

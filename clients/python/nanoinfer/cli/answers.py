@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from nanoinfer.cli import console
+from nanoinfer.cli.sampling import chat_options
 from nanoinfer.client import Client
 from nanoinfer.errors import NanoInferError, Unavailable
 from nanoinfer.options import Message, Messages
@@ -55,10 +56,11 @@ def show(
 
 
 def converse(client: Client, system: str | None, options: Mapping[str, Any], as_json: bool) -> None:
-    """Holds a conversation until the input ends or the gateway is gone.
+    """Holds a conversation until the input ends or the gateway is gone; says how it samples.
 
     A turn that fails or is interrupted is forgotten.
     """
+    options = chat_options(client, options, always_shown=True)
     console.note("/clear forgets the conversation, /exit or Ctrl-D ends it")
     messages: list[Message] = []
     while (text := _line()) != "/exit":

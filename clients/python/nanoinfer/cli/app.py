@@ -18,6 +18,7 @@ from nanoinfer.base import package_version
 from nanoinfer.cli import arguments, console, environment, state
 from nanoinfer.cli.answers import conversation, converse, show
 from nanoinfer.cli.arguments import Gateway, Json, Ports, PromptArgument, StackSettings, System
+from nanoinfer.cli.sampling import chat_options
 from nanoinfer.v1 import generation_pb2
 
 app = typer.Typer(
@@ -121,13 +122,16 @@ def chat(
     system: System = None,
     json: Json = False,
 ) -> None:
-    """Hold a conversation on a terminal; answer one prompt where one is given."""
+    """Hold a conversation on a terminal; answer one prompt where one is given.
+
+    Samples as the flags say, else as the checkpoint states, else at temperature 0.7 and top-p 0.9.
+    """
     text = None if prompt is None and arguments.interactive() else arguments.read_prompt(prompt)
     with gateway.connect() as client:
         if text is None:
             converse(client, system, options, json)
         else:
-            show(client, conversation(text, system), options, json)
+            show(client, conversation(text, system), chat_options(client, options), json)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from nanoinfer.cli import console
 from nanoinfer.cli.answers import open_stream, show
 from nanoinfer.cli.arguments import Gateway
 from nanoinfer.cli.collector import Span, fetch
+from nanoinfer.cli.sampling import chat_options
 from nanoinfer.cli.waterfall import PLAIN_WIDTH, draw
 from nanoinfer.errors import NanoInferError
 from nanoinfer.options import Messages
@@ -42,6 +43,8 @@ def run(
     provider = _tracer_provider(collector)
     try:
         with gateway.connect(provider) as client:
+            if not isinstance(prompt, str):
+                options = chat_options(client, options)
             if as_json:
                 completion = open_stream(client, prompt, options).result()
             else:

@@ -253,7 +253,7 @@ class GenerationSummary(_message.Message):
     def __init__(self, usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., model: _Optional[str] = ..., tokenizer_fingerprint: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("id", "max_model_len", "max_output_tokens", "vocab_size", "eos_token_ids", "default_sampling", "features", "tokenizer_fingerprint", "weights_fingerprint", "architecture", "num_parameters", "dtype")
+    __slots__ = ("id", "max_model_len", "max_output_tokens", "vocab_size", "eos_token_ids", "default_sampling", "features", "tokenizer_fingerprint", "weights_fingerprint", "architecture", "num_parameters", "dtype", "stated_sampling")
     ID_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -266,6 +266,7 @@ class ModelInfo(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    STATED_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     id: str
     max_model_len: int
     max_output_tokens: int
@@ -278,7 +279,8 @@ class ModelInfo(_message.Message):
     architecture: str
     num_parameters: int
     dtype: str
-    def __init__(self, id: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., tokenizer_fingerprint: _Optional[bytes] = ..., weights_fingerprint: _Optional[bytes] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
+    stated_sampling: SamplingParams
+    def __init__(self, id: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., default_sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., features: _Optional[_Iterable[_Union[Feature, str]]] = ..., tokenizer_fingerprint: _Optional[bytes] = ..., weights_fingerprint: _Optional[bytes] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., stated_sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
     __slots__ = ("service", "version", "schema_revision", "min_client_revision", "uptime_ns", "state")
