@@ -259,8 +259,16 @@ async def test_a_gateway_that_has_gone_since_is_noticed_asyncio(behaviour: Behav
 def test_watching_ends_with_the_calls_and_keeps_no_stream(
     client: Client, behaviour: Behaviour
 ) -> None:
-    behaviour.stream = lambda request, context: iter([behaviour.cancelled.wait(60)])
+    arrived = threading.Event()
+
+    def silent(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        arrived.set()
+        behaviour.cancelled.wait(60)
+        yield from ()
+
+    behaviour.stream = silent
     forgotten = client.stream("x")
+    assert arrived.wait(60)
     del forgotten
     gc.collect()
     assert behaviour.cancelled.wait(60)

@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -198,3 +200,27 @@ def test_configured_twice_it_keeps_its_thread_and_its_order(
         ("first", "one"),
         ("second", "two"),
     ]
+
+
+def test_warnings_and_uncaught_exceptions_go_to_the_log() -> None:
+    code = """
+import sys, threading, warnings
+from nanoinfer_common.logs import configure_logging, log_what_would_be_printed
+configure_logging("s")
+log_what_would_be_printed()
+warnings.warn("a warning")
+def fail(): raise ValueError("in a thread")
+thread = threading.Thread(target=fail, name="worker"); thread.start(); thread.join()
+class Bad:
+    def __del__(self): raise ValueError("in a finalizer")
+Bad()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    warning, thread, finalizer = map(json.loads, result.stderr.splitlines())
+    assert "a warning" in warning["event"]
+    assert thread["thread"] == "worker"
+    assert "ValueError: in a thread" in thread["exception"]
+    assert "Bad.__del__" in finalizer["where"]
+    assert "ValueError: in a finalizer" in finalizer["exception"]

@@ -15,6 +15,8 @@ from nanoinfer.results import Completion
 from nanoinfer.streams import AsyncStream, Until
 from nanoinfer.v1.generation_pb2 import ModelInfo, ServerInfo
 
+CONNECT_POLL_SECONDS = 0.01
+
 
 class AsyncClient(ClientBase):
     """`Client` for asyncio: the same methods and options, awaited. Build it inside the loop.
@@ -36,9 +38,11 @@ class AsyncClient(ClientBase):
         self, prompt: Prompt | Messages, *, until: Until | None = None, **settings: Unpack[Options]
     ) -> AsyncStream:
         """`Client.stream`; the stream is what is awaited."""
-        call = self._start(queries.stream(prompt, settings))
-        connecting = asyncio.get_running_loop().time()
-        return AsyncStream(call, until, lambda: self._connect(call, connecting))
+        query = queries.stream(prompt, settings)
+        call, started = self._call(query), time.monotonic()
+        # Sent at once, or left to gRPC until there is a connection; the reader minds how long.
+        call.start(self._method(query), self._waits and not self._is_connected())
+        return AsyncStream(call, until, lambda: self._connect(call, started))
 
     async def generate_batch(
         self, prompts: Iterable[Prompt], *, max_concurrency: int = 32, **settings: Unpack[Options]
@@ -113,35 +117,31 @@ class AsyncClient(ClientBase):
         await self.close()
 
     async def _run(self, query: Query[Result]) -> Result:
-        started = asyncio.get_running_loop().time()
-        call = self._start(query)
+        call, started = self._call(query), time.monotonic()
         with call.receiving():
             await self._connect(call, started)
+            call.start(self._method(query), elapsed=time.monotonic() - started)
             response = await call.rpc
         call.succeed(await call.rpc.trailing_metadata())
         return call.decode(response)
-
-    def _start(self, query: Query[Result]) -> Call[Result]:
-        """Sends the request, or leaves it to gRPC until `_connect` has seen a connection."""
-        call = self._call(query)
-        call.start(self._method(query), self._waits and not self._is_connected())
-        return call
 
     def _is_connected(self) -> bool:
         state = self._channel.get_state(try_to_connect=self._waits)
         return state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN)
 
     async def _connect(self, call: Call[Any], started: float) -> None:
-        """Waits for a connection; abandons the call where there is none in time."""
-        if not self._waits or self._is_connected() or call.rpc.done():
-            return
+        """Waits for a connection; raises the call's status where there is none in time."""
         seconds = self._patience(call)
-        try:
-            async with asyncio.timeout_at(started + seconds):
-                await self._channel.channel_ready()
-        except TimeoutError:
+        # Not `channel_ready`: given up, it leaves a watch that outlives the event loop.
+        while self._waits and not self._is_connected():
+            if call.rpc is not None and call.rpc.done():
+                return
+            if time.monotonic() < started + seconds:
+                await asyncio.sleep(CONNECT_POLL_SECONDS)
+                continue
             try:
                 await health.method(self._channel)(health.READINESS, timeout=health.PROBE_SECONDS)
             except grpc.RpcError as error:
                 if error.code() not in health.ANSWERED:
-                    call.abandon(seconds, health.cause(error))
+                    raise call.abandon(seconds, health.cause(error)) from None
+            return

@@ -96,15 +96,21 @@ class Call(Generic[Result]):
     span: trace.Span
     trace_id: str | None = None
     answered: bool = False
-    rpc: Any = field(init=False)
+    rpc: Any = field(default=None, init=False)
     _abandoned: grpc.aio.AioRpcError | None = field(default=None, init=False)
 
-    def start(self, method: Callable[..., Any], wait_for_ready: bool = False) -> None:
-        """Sends the request, once connected if `wait_for_ready`; a closed channel: ValueError."""
+    def start(
+        self, method: Callable[..., Any], wait_for_ready: bool = False, elapsed: float = 0.0
+    ) -> None:
+        """Sends the request, once connected if `wait_for_ready`; a closed channel: ValueError.
+
+        `elapsed` is what of the timeout is over already.
+        """
+        timeout = None if self.timeout is None else max(0.0, self.timeout - elapsed)
         try:
             self.rpc = method(
                 self.query.request,
-                timeout=self.timeout,
+                timeout=timeout,
                 metadata=self.metadata,
                 wait_for_ready=wait_for_ready,
             )
@@ -112,13 +118,15 @@ class Call(Generic[Result]):
             self._end(grpc.StatusCode.CANCELLED, None)
             raise
 
-    def abandon(self, seconds: float, cause: str) -> None:
-        """Cancels the call for want of a connection; its reader gets to know the cause."""
+    def abandon(self, seconds: float, cause: str) -> grpc.aio.AioRpcError:
+        """Gives the call up for want of a connection; the status is what its reader gets."""
         late = self.timeout is not None and self.timeout <= seconds
         code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
         message = f"cannot connect to {self.target} within {seconds:g} s: {cause}"
         self._abandoned = _status(code, message)
-        self.rpc.cancel()
+        if self.rpc is not None:
+            self.rpc.cancel()
+        return self._abandoned
 
     @contextmanager
     def receiving(self, partial: Callable[[], Any] = lambda: None) -> Iterator[None]:
@@ -153,7 +161,8 @@ class Call(Generic[Result]):
 
     def cancel(self) -> None:
         """Gives the call up where it is not over."""
-        self.rpc.cancel()
+        if self.rpc is not None:
+            self.rpc.cancel()
         self._end(grpc.StatusCode.CANCELLED, None)
 
     def _failed(self, status: Any, partial: Any) -> NanoInferError:

@@ -98,6 +98,28 @@ def configure_logging(
     root.setLevel(level.upper())
 
 
+def log_what_would_be_printed() -> None:
+    """Logs warnings and exceptions that nobody catches; Python would write them to stderr itself.
+
+    Such a write waits for a pipe that nobody reads, on the event loop's thread too.
+    """
+    log = structlog.get_logger(__name__)
+    logging.captureWarnings(True)
+
+    def in_thread(args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else ""
+        log.error("a thread failed", thread=name, exc_info=args.exc_value)
+
+    threading.excepthook = in_thread
+
+    def unraisable(args: "sys.UnraisableHookArgs") -> None:
+        # Its name alone: its text might hold a prompt.
+        name = getattr(args.object, "__qualname__", type(args.object).__name__)
+        log.error("unraisable", where=name, exc_info=args.exc_value)
+
+    sys.unraisablehook = unraisable
+
+
 def _writes_to(handler: logging.Handler, stream: TextIO) -> bool:
     return isinstance(handler, QueuedHandler) and handler.stream is stream
 

@@ -30,7 +30,12 @@ from nanoinfer_common import errors, names, telemetry
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import StartError
 from nanoinfer_common.interceptors import REFUSAL_RETRY_SECONDS, RpcInterceptor
-from nanoinfer_common.logs import LOST_ENTRIES, configure_logging, open_standard_streams
+from nanoinfer_common.logs import (
+    LOST_ENTRIES,
+    configure_logging,
+    log_what_would_be_printed,
+    open_standard_streams,
+)
 from nanoinfer_common.metrics import MetricsServer
 from nanoinfer_common.status import ServiceStatus
 from nanoinfer_common.variables import unknown_variables
@@ -120,6 +125,7 @@ async def running(
 
 async def _main(service_factory: ServiceFactory, settings: ServiceSettings) -> int:
     configure_logging("nanoinfer", settings.log_level, settings.log_format)
+    log_what_would_be_printed()
     signals = _Signals()
     try:
         server = _Server(service_factory, settings)
