@@ -76,6 +76,7 @@ async def test_services_report_dropped_spans_and_answer_while_the_loop_is_blocke
         scraper.join(5)
         (text,) = texts
     assert f"nanoinfer_trace_spans_dropped_total {before + 2:.1f}" in text
+    assert "\nnanoinfer_log_entries_lost_total " in text
 
 
 async def test_no_metrics_port_by_default() -> None:

@@ -15,7 +15,7 @@ from nanoinfer.errors import Unavailable
 CHECK = "/grpc.health.v1.Health/Check"
 READINESS = "readiness"
 POLL_SECONDS = 0.1
-PROBE_SECONDS = 0.5  # for the cause, which a channel that could not connect has at hand
+PROBE_SECONDS = 1.0  # for the cause, which a channel that could not connect has at hand
 STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 # a server without the health service, or without the name, answers and so is reachable
 ANSWERED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND)
