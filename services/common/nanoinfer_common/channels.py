@@ -38,6 +38,8 @@ def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel
     options = [
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.max_send_message_length", -1),
+        # What nobody reads stays with its sender: gRPC would widen a stream's window to megabytes.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
         ("grpc.keepalive_permit_without_calls", 0),

@@ -50,7 +50,21 @@ class ServiceSettings(BaseSettings):
     )
     log_format: Literal["json", "console"] = Field("json", description="Form of the log.")
     reflection: bool = Field(True, description="Serve gRPC reflection.")
-    max_message_bytes: int = Field(2**23, ge=1024, description="Largest message that is received.")
+    max_message_bytes: int = Field(
+        2**23, ge=1024, description="Bytes of the largest request message that is taken."
+    )
+    max_received_bytes: int = Field(
+        2**27,
+        ge=1024,
+        description="Most bytes of request messages at one time: half for those being received,"
+        " which count as the largest, half for those of running calls; more are refused.",
+    )
+    max_unsent_bytes: int = Field(
+        2**27,
+        ge=1024,
+        description="Bytes of answers that clients were sent and do not take, from which on new"
+        " calls are refused.",
+    )
     default_deadline_seconds: float = Field(
         300.0, gt=0, description="Deadline where none is given."
     )

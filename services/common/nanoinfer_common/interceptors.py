@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -19,11 +19,15 @@ import structlog
 from nanoinfer.v1 import generation_pb2 as pb
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from prometheus_client import Counter
 
 from nanoinfer_common import errors, names, telemetry
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, is_label
+from nanoinfer_common.metrics import bounded_label
+from nanoinfer_common.receiving import Inbox, parse, parsed
+from nanoinfer_common.sending import CallContext, Outbox
 from nanoinfer_common.spans import (
     SERVER_FAULTS,
     end_span,
@@ -60,6 +64,14 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self.domain = domain
         self.settings = settings
         self.status = status
+        self.inbox = Inbox(settings.max_received_bytes, settings.max_message_bytes)
+        self.outbox = Outbox(settings.max_unsent_bytes)
+        self.finished = Counter(
+            "nanoinfer_rpcs",
+            "RPCs that ended, by method, code and error reason; those of `Watch...` too.",
+            ("method", "code", "reason"),
+            registry=None,
+        )
         self.running: set[RunningCall] = set()
         self._wrapped: dict[str, Handler] = {}
 
@@ -88,41 +100,51 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             call.interrupt(error)
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
-        request_kind = "stream" if handler.request_streaming else "unary"
-        response_kind = "stream" if handler.response_streaming else "unary"
-        kind = f"{request_kind}_{response_kind}"
-        behavior = getattr(handler, kind)
+        """Makes a handler that reads, parses and writes messages itself.
 
-        async def respond(request: Any, context: Context) -> Any:
-            return await RunningCall(self, method, context).respond(behavior, request)
+        To gRPC it takes and gives streams of bytes, so that no message is read before the call is
+        known here, and none is written that is not. On the wire that is the same.
+        """
 
-        build = getattr(grpc, f"{kind}_rpc_method_handler")
-        return build(
-            respond,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        async def respond(messages: Any, context: Context) -> None:
+            await RunningCall(self, method, handler, context).respond(messages)
+
+        return grpc.stream_stream_rpc_method_handler(respond)
 
 
 class RunningCall:
     """One RPC from its first to its last moment."""
 
-    def __init__(self, interceptor: RpcInterceptor, method: str, context: Context) -> None:
+    def __init__(
+        self, interceptor: RpcInterceptor, method: str, handler: Handler, context: Context
+    ) -> None:
+        """`handler` is what the service registered."""
         self.method = method
         self._interceptor = interceptor
-        self._context = context
+        self._handler = handler
+        self._context = CallContext(context, handler.response_serializer, interceptor.outbox)
         self._started = time.perf_counter()
         self._task = cast(asyncio.Task[Any], asyncio.current_task())
         self._interruption: ServiceError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._span: trace.Span = trace.INVALID_SPAN
 
-    async def respond(self, behavior: Callable[[Any, Context], Any], request: Any) -> Any:
+    async def respond(self, messages: AsyncIterator[bytes]) -> None:
         """Answers as the handler does, or with the status of what it raised."""
+        try:
+            await self._respond(messages)
+        finally:
+            self._context.close()
+
+    async def _respond(self, messages: AsyncIterator[bytes]) -> None:
         self._enter()
         try:
-            self._admit()
-            response = await self._handle(behavior, request)
+            self._start_deadline()
+            if self._handler.request_streaming:
+                self._admit()
+                await self._handle(parsed(messages, self._handler.request_deserializer))
+            else:
+                await self._handle_one()
         except BaseException as raised:
             ending = self._ending(raised)
             if isinstance(ending, grpc.StatusCode):
@@ -132,7 +154,6 @@ class RunningCall:
             raise
         self._context.set_trailing_metadata((*self._context.trailing_metadata(), *self._ids()))
         self._finish(_as_code(self._context.code()))
-        return response
 
     def interrupt(self, error: ServiceError) -> None:
         """Cancels the handler and answers with `error`."""
@@ -154,10 +175,17 @@ class RunningCall:
         telemetry.enter_rpc(self._span, given[0] if usable else str(uuid.uuid4()))
 
     def _admit(self) -> None:
-        """Refuses the call while the service is loading or draining, and starts its deadline."""
+        """Refuses the call while the service loads or drains, or has sent too much unread."""
+        if self.method.endswith("/GetServerInfo"):
+            return
         state = self._interceptor.status.state
-        if state in _REFUSALS and not self.method.endswith("/GetServerInfo"):
+        if state in _REFUSALS:
             raise errors.unavailable(*_REFUSALS[state], REFUSAL_RETRY_SECONDS)
+        refusal = self._interceptor.outbox.refusal()
+        if refusal is not None and not is_watch(self.method):
+            raise refusal
+
+    def _start_deadline(self) -> None:
         settings = self._interceptor.settings
         given = self._context.time_remaining()
         limit = settings.default_deadline_seconds if given is None else given
@@ -170,16 +198,30 @@ class RunningCall:
             )
             self._timer = asyncio.get_running_loop().call_later(limit, self.interrupt, error)
 
-    async def _handle(self, behavior: Callable[[Any, Context], Any], request: Any) -> Any:
-        result = behavior(request, self._context)
+    async def _handle_one(self) -> None:
+        inbox = self._interceptor.inbox
+        raw = await inbox.read(self._context)
+        with inbox.held(len(raw)):
+            request = parse(raw, self._handler.request_deserializer)
+            del raw  # parsed, it would only double what the call holds
+            _label(request)
+            self._admit()
+            await self._handle(request)
+
+    async def _handle(self, request: Any) -> None:
+        request_kind = "stream" if self._handler.request_streaming else "unary"
+        response_kind = "stream" if self._handler.response_streaming else "unary"
+        result = getattr(self._handler, f"{request_kind}_{response_kind}")(request, self._context)
         if not inspect.isasyncgen(result):
-            return await result
+            response = await result
+            if not self._handler.response_streaming:
+                await self._context.write(response)
+            return
         # Messages are written here rather than yielded, so that a cancel during a write
         # lands in this frame and closes the handler's generator at once.
         async with contextlib.aclosing(result) as messages:
             async for message in messages:
                 await self._context.write(message)
-        return None
 
     def _ending(self, raised: BaseException) -> ServiceError | grpc.StatusCode:
         """Returns what to answer, or the code where that is done or nobody waits for it."""
@@ -209,6 +251,7 @@ class RunningCall:
         if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_after is not None:
             trailing.append((names.RETRY_PUSHBACK, str(int(error.retry_after * 1000))))
         self._finish(error.code, error.reason)
+        await self._context.opened()
         await self._context.abort(error.code, status.message, tuple(trailing))
 
     def _ids(self) -> list[tuple[str, str | bytes]]:
@@ -225,9 +268,20 @@ class RunningCall:
         told = {"reason": reason} if reason else {}
         if reason:
             self._span.set_attribute("nanoinfer.error.reason", reason)
+        # A reason is a constant of ours, or of the service behind us, whose reasons are ours too.
+        counted = bounded_label(reason, names.REASONS) if reason else ""
+        self._interceptor.finished.labels(self.method, code.name, counted).inc()
         end_span(self._span, code, is_error=code.name in SERVER_FAULTS)
         seconds = round(time.perf_counter() - self._started, 6)
         log.info("rpc", method=self.method, code=code.name, duration_seconds=seconds, **told)
+
+
+def _label(request: Any) -> None:
+    """Labels the call with the id that its request brings, before anything can refuse it."""
+    options = getattr(request, "options", request)
+    given = getattr(options, "request_id", None)
+    if isinstance(given, str) and is_label(given, MAX_REQUEST_ID_CHARS):
+        telemetry.set_request_id(given)
 
 
 def _as_code(code: object) -> grpc.StatusCode:

@@ -263,6 +263,7 @@ class _Server:
             return
         self.service.registry.register(telemetry.DROPPED_SPANS)
         self.service.registry.register(LOST_ENTRIES)
+        self.service.registry.register(self._calls.finished)
         try:
             self._metrics = MetricsServer(self.service.registry, host, port)
         except OSError as error:
@@ -299,6 +300,8 @@ def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        # A stream that is not read holds 64 KiB; gRPC would widen its window to megabytes.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),

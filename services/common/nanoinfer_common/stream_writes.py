@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError
+from nanoinfer_common.interruption import Interruptible
 from nanoinfer_common.overdue import Overdue
 
 NUM_SLOTS: Final = 8
@@ -53,41 +54,20 @@ class StreamWriter:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._running: Overdue[_Write] = Overdue(seconds, _Write.give_up)
+        self._running: Overdue[Interruptible] = Overdue(seconds, Interruptible.interrupt)
 
     async def write(self, context: Any, message: Message) -> None:
         """Write one; raises ServiceError STREAM_STALLED where it takes too long."""
-        with _Write(self._running, self._seconds):
-            await context.write(message)
+        with Interruptible(self._stalled) as writing:
+            self._running.add(writing)
+            try:
+                await context.write(message)
+            finally:
+                self._running.discard(writing)
 
-
-class _Write:
-    """What a task waits for, cancelled when it takes too long: as `asyncio.timeout` does it."""
-
-    def __init__(self, running: "Overdue[_Write]", seconds: float) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("outside any task")
-        self._task, self._num_cancels = task, task.cancelling()
-        self._running, self._seconds = running, seconds
-        self._is_given_up = False
-
-    def give_up(self) -> None:
-        self._is_given_up = True
-        self._task.cancel()
-
-    def __enter__(self) -> None:
-        self._running.add(self)
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
-        self._running.discard(self)
-        if not self._is_given_up:
-            return
-        # taken back whatever came of it; ours is the end only if nobody else cancelled the task
-        was_ours = self._task.uncancel() <= self._num_cancels
-        if was_ours and kind is asyncio.CancelledError:
-            raise ServiceError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                names.STREAM_STALLED,
-                f"the client took no message for {self._seconds:g} s",
-            )
+    def _stalled(self) -> ServiceError:
+        return ServiceError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            names.STREAM_STALLED,
+            f"the client took no message for {self._seconds:g} s",
+        )
