@@ -103,6 +103,12 @@ class EngineSettings(ServiceSettings):
     max_buffered_tokens: int = Field(
         4096, ge=1, description="Unread tokens of a stream from which that time counts."
     )
+    max_buffered_bytes: ByteSize = Field(
+        ByteSize(256 * 1024**2),
+        gt=0,
+        description="Most memory of unread tokens and log-probabilities of all streams; beyond it"
+        " the stream with the most loses its client. Raise it where many score long prompts.",
+    )
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
@@ -155,4 +161,9 @@ class EngineSettings(ServiceSettings):
 
     def patience(self) -> Patience:
         """How long the engine waits for steps and readers."""
-        return Patience(self.stall_seconds, self.reader_stall_seconds, self.max_buffered_tokens)
+        return Patience(
+            self.stall_seconds,
+            self.reader_stall_seconds,
+            self.max_buffered_tokens,
+            int(self.max_buffered_bytes),
+        )

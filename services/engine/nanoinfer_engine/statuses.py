@@ -54,7 +54,7 @@ def failure(output: RequestOutput, num_sent_tokens: int) -> Exception | None:
         message = "the deadline has passed"
         return ServiceError(grpc.StatusCode.DEADLINE_EXCEEDED, names.DEADLINE_EXCEEDED, message)
     if output.finish_reason is FinishReason.CANCELLED:
-        return ServiceError(grpc.StatusCode.CANCELLED, "CANCELLED", "cancelled")
+        return ServiceError(grpc.StatusCode.CANCELLED, names.CANCELLED, "cancelled")
     if isinstance(error, StalledReaderError):
         return ServiceError(grpc.StatusCode.RESOURCE_EXHAUSTED, names.STREAM_STALLED, str(error))
     if isinstance(error, EngineLostError) and num_sent_tokens:

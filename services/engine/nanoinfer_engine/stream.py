@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
@@ -20,6 +21,10 @@ from nanoinfer_engine.errors import StalledReaderError
 from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 from nanoinfer_engine.watchdog import Patience
 
+# A message takes no more than this from the buffer, so that what is unread stays counted there.
+MAX_TAKEN_BYTES = 512 * 1024
+# Memory of a token and of a log-probability as they wait here; measured, rounded up.
+_TOKEN_BYTES, _LOGPROB_BYTES = 128, 256
 _TICK_SECONDS = 1e-3  # what the event loop's clock and timers (uvloop's) may be off
 
 
@@ -30,6 +35,25 @@ class Cancel(Protocol):
         """End `requests` before the next outputs."""
 
 
+class Unread:
+    """The memory of what no reader has taken yet, of all streams together."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.streams: set[Stream] = set()
+
+    def largest(self) -> Stream:
+        """Return the stream that holds most; there is one while bytes are unread."""
+        return max(self.streams, key=lambda stream: stream.num_buffered_bytes)
+
+
+def memory_of(output: RequestOutput) -> int:
+    """Estimate the bytes that an output takes while it waits for its reader."""
+    tokens = (*output.tokens, *output.prompt_logprobs)
+    num_logprobs = sum(1 + len(token.top) for token in tokens if token.logprob is not None)
+    return _TOKEN_BYTES * (1 + len(tokens)) + _LOGPROB_BYTES * num_logprobs
+
+
 class Stream:
     """An async iterator of lists of outputs, each as much as has piled up; `close` cancels.
 
@@ -37,16 +61,20 @@ class Stream:
     between knowing and taking calls `wait` and `take` itself.
     """
 
-    def __init__(self, requests: Sequence[Request], cancel: Cancel) -> None:
-        """`cancel` is called at most once, by `close`."""
+    def __init__(
+        self, requests: Sequence[Request], cancel: Cancel, unread: Unread | None = None
+    ) -> None:
+        """`cancel` is called by `close` and `give_up` while live; `unread` counts all streams."""
         self.requests = tuple(requests)
-        self.num_buffered_tokens = 0
+        self.num_buffered_tokens = self.num_buffered_bytes = 0
         self.full_since: int | None = None
         self.is_aborted = False
         self._cancel = cancel
         self._closed = self._has_begun = False
         self._num_live = len(self.requests)
-        self._buffer: list[RequestOutput] = []
+        self._unread = unread or Unread()
+        self._given_up = False
+        self._buffer: deque[tuple[RequestOutput, int]] = deque()
         self._arrived = asyncio.Event()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -71,9 +99,11 @@ class Stream:
         if output.finish_reason is not None:
             self._num_live -= 1
             self.is_aborted |= output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)
-        if not self._closed:
-            self._buffer.append(output)
+        if not self._closed and not (self._given_up and output.finish_reason is None):
+            num_bytes = memory_of(output)
+            self._buffer.append((output, num_bytes))
             self.num_buffered_tokens += len(output.tokens)
+            self._count(num_bytes)
         if is_urgent:
             self.wake()
         if not self.is_live:
@@ -97,12 +127,29 @@ class Stream:
         return True
 
     def take(self) -> list[RequestOutput]:
-        """Empty the buffer."""
-        outputs, self._buffer = self._buffer, []
-        self._arrived.clear()
-        self.num_buffered_tokens = 0
+        """Take the oldest outputs, as many as one message brings; the rest is there at once."""
+        outputs: list[RequestOutput] = []
+        taken_bytes = 0
+        while self._buffer and taken_bytes < MAX_TAKEN_BYTES:
+            output, num_bytes = self._buffer.popleft()
+            outputs.append(output)
+            taken_bytes += num_bytes
+            self.num_buffered_tokens -= len(output.tokens)
+        self._count(-taken_bytes)
+        if not self._buffer:
+            self._arrived.clear()
         self.full_since = None
         return outputs
+
+    def give_up(self, error: Exception) -> None:
+        """Drop what is unread, and let the reader find `error` there, also after the last token."""
+        self._given_up = True
+        self._drop()
+        end = RequestOutput(self.requests[0], finish_reason=FinishReason.ERROR, error=error)
+        self._buffer.append((end, 0))
+        self.wake()
+        if self.is_live:
+            self._cancel(self.requests, error)
 
     def when_ended(self, callback: Callable[[Stream], None]) -> None:
         """Call `callback` once the engine has let go of every request: their blocks are free."""
@@ -113,9 +160,22 @@ class Stream:
         if self._closed:
             return
         self._closed = True
-        self._buffer.clear()
+        self._drop()
         if self.is_live:
             self._cancel(self.requests)
+
+    def _drop(self) -> None:
+        self._buffer.clear()
+        self.num_buffered_tokens = 0
+        self._count(-self.num_buffered_bytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self.num_buffered_bytes += num_bytes
+        self._unread.num_bytes += num_bytes
+        if self.num_buffered_bytes:
+            self._unread.streams.add(self)
+        else:
+            self._unread.streams.discard(self)
 
     async def aclose(self) -> None:
         """Close, as an async generator would."""
@@ -142,6 +202,8 @@ class Streams:
         """`patience` is with readers; what is brought at once does not count as a message."""
         self._cancel = cancel
         self._max_buffered_tokens = patience.buffered_tokens
+        self._max_buffered_bytes = patience.buffered_bytes
+        self._unread = Unread()
         self._reader_nanoseconds = int(patience.reader_seconds * 1e9)
         self._max_messages_per_second = max_messages_per_second
         self._streams: dict[Request, Stream] = {}
@@ -158,7 +220,7 @@ class Streams:
 
     def open(self, requests: Sequence[Request]) -> Stream:
         """A stream for requests that the engine has just taken."""
-        stream = Stream(requests, self._cancel)
+        stream = Stream(requests, self._cancel, self._unread)
         self._streams.update(dict.fromkeys(requests, stream))
         self._empty.clear()
         return stream
@@ -175,6 +237,10 @@ class Streams:
             if stream.num_buffered_tokens > self._max_buffered_tokens:
                 stream.wake()  # what the pace holds back is not unread
                 self._check_reader(stream)
+            if self._unread.num_bytes > self._max_buffered_bytes:
+                largest = self._unread.largest()
+                left = f"{largest.num_buffered_bytes} bytes were left unread"
+                largest.give_up(StalledReaderError(left))
             if stream.has_news:
                 self._unaware[stream] = None
             else:

@@ -20,12 +20,14 @@ class Patience:
     """How long the engine waits before it calls something stalled.
 
     `step_seconds` without a finished step while there is work makes the engine stalled. A stream
-    with more than `buffered_tokens` unread tokens for `reader_seconds` is ended.
+    with more than `buffered_tokens` unread tokens for `reader_seconds` is ended. Where all streams
+    together hold more than `buffered_bytes` unread, the one that holds most is ended at once.
     """
 
     step_seconds: float = 60.0
     reader_seconds: float = 30.0
     buffered_tokens: int = 4096
+    buffered_bytes: int = 256 * 1024**2
 
 
 class Listener(Protocol):

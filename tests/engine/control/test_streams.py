@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 
+import pytest
 from nanoinfer_engine.errors import EngineLostError, StalledReaderError
-from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken
-from nanoinfer_engine.stream import Stream, Streams
+from nanoinfer_engine.request import (
+    FinishReason,
+    Logprob,
+    Request,
+    RequestOutput,
+    SampledToken,
+)
+from nanoinfer_engine.stream import MAX_TAKEN_BYTES, Stream, Streams, memory_of
 from nanoinfer_engine.watchdog import Patience
 
 from tests.engine.fakes import make_request
@@ -168,3 +176,108 @@ async def test_only_what_a_reader_could_have_taken_is_unread() -> None:
     for number in range(9, 13):
         streams.deliver([output(request, number)])
     assert isinstance(ended[0], StalledReaderError)
+
+
+def scored(request: Request, number: int, num_alternatives: int) -> RequestOutput:
+    """An output of one token with alternatives, no object of which another shares."""
+    top = tuple(
+        Logprob(1000 + number * 1000 + i, -1.0 - number - i / 7, 1000 + i)
+        for i in range(num_alternatives)
+    )
+    chosen = SampledToken(1000 + number, Logprob(1000 + number, -0.5 - number, 1), top)
+    return RequestOutput(request, (chosen,))
+
+
+@pytest.mark.parametrize("num_alternatives", [0, 5, 148])
+def test_the_estimated_memory_of_an_output_is_what_it_takes(num_alternatives: int) -> None:
+    request = make_request()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        outputs = [scored(request, number, num_alternatives) for number in range(50)]
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    estimated = sum(map(memory_of, outputs))
+    assert estimated / 2 < after - before < estimated
+
+
+async def test_a_message_takes_no_more_than_its_bytes_and_the_rest_stays_counted() -> None:
+    streams = make_streams(5000)
+    request = make_request()
+    stream = streams.open([request])
+    outputs = [scored(request, number, 148) for number in range(100)]
+    each = memory_of(outputs[0])
+    for one in outputs:
+        streams.deliver([one])
+    taken = []
+    while len(taken) < len(outputs):
+        assert stream.num_buffered_bytes == (len(outputs) - len(taken)) * each
+        assert stream.num_buffered_tokens == len(outputs) - len(taken)
+        assert await is_woken(stream)
+        part = stream.take()
+        assert sum(map(memory_of, part)) < MAX_TAKEN_BYTES + each
+        taken += part
+    assert taken == outputs
+    assert stream.num_buffered_bytes == stream.num_buffered_tokens == 0
+    assert not await is_woken(stream)
+
+
+@pytest.mark.matrix("R45")
+async def test_the_stream_with_most_unread_bytes_is_ended_beyond_the_bound_of_all() -> None:
+    ended: list[tuple[tuple[Request, ...], Exception | None]] = []
+    one, two, three = make_request(), make_request(), make_request()
+    bound = memory_of(scored(one, 0, 20)) * 10
+    streams = Streams(
+        lambda requests, error=None: ended.append((requests, error)),
+        Patience(buffered_bytes=bound),
+        5000,
+    )
+    small, large, done = streams.open([one]), streams.open([two]), streams.open([three])
+    for number in range(3):
+        streams.deliver([scored(one, number, 20), scored(three, number, 20)])
+    streams.deliver([RequestOutput(three, finish_reason=FinishReason.LENGTH)])
+    for number in range(5):
+        streams.deliver([scored(two, number, 20)])
+    ((requests, error),) = ended
+    assert requests == (two,)
+    assert isinstance(error, StalledReaderError)
+    assert large.num_buffered_bytes == 0
+    streams.deliver([scored(two, 9, 20)])  # computed before the engine knew
+    streams.deliver([RequestOutput(two, finish_reason=FinishReason.ERROR, error=error)])
+    found = [output async for part in large for output in part]
+    assert found[0].error is error
+    assert not any(output.tokens for output in found)
+    # What has ended holds bytes, too, and its reader learns that they are gone.
+    for number in range(3, 12):
+        streams.deliver([scored(one, number, 20)])
+        small.take()
+    assert len(ended) == 1
+    for number in range(12, 20):
+        streams.deliver([scored(one, number, 20)])
+    assert len(ended) == 2
+    assert ended[1][0] == (one,)
+    for stream in (small, done):
+        stream.close()
+    assert streams.open([make_request()])._unread.num_bytes == 0
+
+
+async def test_a_finished_stream_that_nobody_reads_is_ended_as_well() -> None:
+    request, other = make_request(), make_request()
+    bound = memory_of(scored(request, 0, 20)) * 10
+    cancelled: list[object] = []
+    streams = Streams(
+        lambda requests, error=None: cancelled.append(requests),
+        Patience(buffered_bytes=bound),
+        5000,
+    )
+    finished, live = streams.open([request]), streams.open([other])
+    for number in range(9):
+        streams.deliver([scored(request, number, 20)])
+    streams.deliver([RequestOutput(request, finish_reason=FinishReason.LENGTH)])
+    for number in range(3):
+        streams.deliver([scored(other, number, 20)])
+    assert not cancelled  # the engine has nothing to end
+    (output,) = finished.take()
+    assert isinstance(output.error, StalledReaderError)
+    assert len(ids(live.take())) == 3
