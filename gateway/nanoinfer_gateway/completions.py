@@ -10,18 +10,23 @@ from dataclasses import dataclass, field
 
 from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2
 
+from nanoinfer_gateway.answer_bytes import ENTRY_BYTES, TOKEN_ID_BYTES
 from nanoinfer_gateway.text import CompletionText
 from nanoinfer_gateway.vocabulary import Vocabulary
 
 
 @dataclass
 class Update:
-    """What is new since the update before; `summary` stands in the last one."""
+    """What is new since the update before; `summary` stands in the last one.
+
+    `num_bytes` is about what it takes on the wire.
+    """
 
     prompt_info: generation_pb2.PromptInfo | None = None
     deltas: list[gateway_pb2.TextDelta] = field(default_factory=list)
     finishes: list[generation_pb2.ChoiceFinish] = field(default_factory=list)
     summary: generation_pb2.GenerationSummary | None = None
+    num_bytes: int = 0
 
     @property
     def has_content(self) -> bool:
@@ -83,7 +88,7 @@ class Completions:
         self._new_prompt_info: generation_pb2.PromptInfo | None = None
         self._deltas: dict[int, gateway_pb2.TextDelta] = {}
         self._new_finishes: list[generation_pb2.ChoiceFinish] = []
-        self.num_pending_tokens = 0
+        self.num_pending_tokens = self.num_pending_bytes = 0
         self.detokenize_ns = 0
         self.first_token_ns: int | None = None
         self.last_token_ns: int | None = None
@@ -146,9 +151,14 @@ class Completions:
 
     def take(self) -> Update:
         """Return what piled up since the last call, one delta an index."""
-        update = Update(self._new_prompt_info, list(self._deltas.values()), self._new_finishes)
+        update = Update(
+            self._new_prompt_info,
+            list(self._deltas.values()),
+            self._new_finishes,
+            num_bytes=self.num_pending_bytes,
+        )
         self._new_prompt_info, self._deltas, self._new_finishes = None, {}, []
-        self.num_pending_tokens = 0
+        self.num_pending_tokens = self.num_pending_bytes = 0
         return update
 
     def usage(self, reported: generation_pb2.GenerationSummary | None) -> generation_pb2.Usage:
@@ -211,11 +221,16 @@ class Completions:
         delta.text += text
         delta.token_ids.extend(token_ids)
         delta.logprobs.extend(logprobs)
+        self.num_pending_bytes += len(text) + TOKEN_ID_BYTES * len(token_ids)
 
     def _fill_in(self, logprobs: Sequence[generation_pb2.TokenLogprob]) -> None:
         """Add the raw bytes, which the engine does not know."""
         token = self._vocabulary.token
+        num_bytes = 0
         for entry in logprobs:
-            entry.token = token(entry.token_id)
+            entry.token = raw = token(entry.token_id)
+            num_bytes += ENTRY_BYTES + len(raw)
             for alternative in entry.top:
-                alternative.token = token(alternative.token_id)
+                alternative.token = raw = token(alternative.token_id)
+                num_bytes += ENTRY_BYTES + len(raw)
+        self.num_pending_bytes += num_bytes

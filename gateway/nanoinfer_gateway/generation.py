@@ -18,11 +18,14 @@ from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError, unavailable
 from nanoinfer_common.telemetry import record_span
 
+from nanoinfer_gateway.answer_bytes import Share, prompt_bytes
 from nanoinfer_gateway.completions import Completions, Update
 from nanoinfer_gateway.upstreams import Call, EncodedPrompt
 from nanoinfer_gateway.vocabulary import Vocabulary
 
-MAX_PENDING_TOKENS = 4096  # beyond this the engine's stream is not read until the client reads
+# Beyond these the engine's stream is not read until the client reads.
+MAX_PENDING_TOKENS = 4096
+MAX_PENDING_BYTES = 128 * 1024
 
 Prompt = str | generation_pb2.TokenIds | Sequence[tokenizer_pb2.ChatMessage]
 Slot = Callable[[], AbstractAsyncContextManager[object]]
@@ -87,10 +90,13 @@ class Generation:
         upstreams: Upstreams,
         request: GenerationRequest,
         on_encoded: Callable[[int], None],
+        share: Share,
     ) -> None:
         self._upstreams = upstreams
         self._request = request
         self._on_encoded = on_encoded
+        self._share = share
+        self._taken_bytes = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = self._succeeded = False
@@ -112,6 +118,9 @@ class Generation:
         vocabulary = await self._upstreams.vocabulary(fingerprint)
         options = _with_seed(request.options)
         echo = _echo(request, prompt)
+        # The first message brings both at once, so no reader can slow them down.
+        num_bytes = prompt_bytes(options.response, len(prompt.tokens.ids))
+        self._share.reserve(num_bytes + len(echo) * request.num_choices)
         completions = Completions(vocabulary, options, request.num_choices, echo)
         self.completions = completions
         reader = asyncio.create_task(
@@ -125,11 +134,14 @@ class Generation:
                 async with slot():
                     ended = self._ended
                     update = completions.take()
+                    self._taken_bytes = update.num_bytes
                     self._room.set()
                     if self._succeeded:
                         update.summary = self._summary(completions, prompt, vocabulary)
                     if update.has_content:
                         yield update
+                    self._taken_bytes = 0
+                    self._count(completions)
             await reader  # raises what ended the stream, after all that came before it went out
         finally:
             reader.cancel()
@@ -176,9 +188,21 @@ class Generation:
                     self._reported = message.summary
                 if completions.all_ended and completions.any_cut and self._reported is None:
                     return  # the engine knows nothing of stop strings and would go on
-                while completions.has_news and completions.num_pending_tokens > MAX_PENDING_TOKENS:
+                self._count(completions)
+                while completions.has_news and self._is_full(completions):
                     self._room.clear()
                     await self._room.wait()
+                    self._count(completions)
+
+    def _count(self, completions: Completions) -> None:
+        self._share.set(completions.num_pending_bytes + self._taken_bytes)
+
+    def _is_full(self, completions: Completions) -> bool:
+        return (
+            completions.num_pending_tokens > MAX_PENDING_TOKENS
+            or completions.num_pending_bytes > MAX_PENDING_BYTES
+            or self._share.total.is_full
+        )
 
     def _summary(
         self, completions: Completions, prompt: EncodedPrompt, vocabulary: Vocabulary

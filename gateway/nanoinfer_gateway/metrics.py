@@ -19,10 +19,6 @@ from opentelemetry import trace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _METHODS: Final = ("Generate", "GenerateStream", "Chat", "ChatStream", "CountTokens")
-# upstreams' reasons become label values only where we know them
-_KNOWN_REASONS: Final = frozenset(
-    value for value in vars(names).values() if isinstance(value, str) and value.isupper()
-)
 
 
 class GatewayMetrics:
@@ -84,7 +80,7 @@ class GatewayMetrics:
             outcome, reason = "cancelled", ""
             raise
         except ServiceError as error:
-            reason = bounded_label(error.reason, _KNOWN_REASONS)
+            reason = bounded_label(error.reason, names.REASONS)
             raise
         finally:
             inflight.dec()

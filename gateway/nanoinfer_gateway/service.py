@@ -16,6 +16,7 @@ from nanoinfer_common.validation import Limits
 
 from nanoinfer_gateway import addresses
 from nanoinfer_gateway.admission import Admission, Bounds
+from nanoinfer_gateway.answer_bytes import AnswerBytes, WholeAnswer
 from nanoinfer_gateway.catalogue import list_page
 from nanoinfer_gateway.collecting import collect
 from nanoinfer_gateway.completions import Update
@@ -75,6 +76,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             self._vocabularies.get,
         )
         self._reader = RequestReader(settings, self._replicas)
+        self._answers = AnswerBytes(settings.max_buffered_bytes)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the handlers."""
@@ -196,19 +198,30 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         request, metadata = self._reader.generation(
             prompt, options, context, time.perf_counter_ns()
         )
+        whole = WholeAnswer(
+            options, request.num_choices, request.model, self._settings.max_answer_bytes
+        )
+        if not is_stream:
+            whole.check()
         is_text = isinstance(prompt, str | generation_pb2.TokenIds)
         operation = "text_completion" if is_text else "chat"
         set_attributes(request_attributes(request, operation, is_stream=is_stream))
-        with self._admission.reserve(
+        num_tokens = len(prompt.ids) if isinstance(prompt, generation_pb2.TokenIds) else None
+        admitted = self._admission.reserve(
             tenant=metadata.tenant,
             num_bytes=self._reader.num_bytes(prompt),
-            num_tokens=len(prompt.ids) if isinstance(prompt, generation_pb2.TokenIds) else None,
-        ) as held:
+            num_tokens=num_tokens,
+        )
+        with admitted as held, self._answers.share() as share, self._answers.share() as kept:
+            if not is_stream:
+                whole.reserve(kept)
             settle = partial(self._admission.settle, held)
-            generation = Generation(self._upstreams, request, settle)
+            generation = Generation(self._upstreams, request, settle, share)
             try:
                 async with aclosing(generation.updates(slot)) as updates:
                     async for update in updates:
+                        if not is_stream:
+                            whole.add(update.num_bytes, kept)
                         yield update
             finally:
                 usage = generation.usage()

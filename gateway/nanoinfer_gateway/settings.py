@@ -31,12 +31,42 @@ class GatewaySettings(ServiceSettings):
     tokenizer_timeout_seconds: float = Field(
         5.0, gt=0, description="Longest that a call to the tokenizer takes."
     )
+    max_message_bytes: int = Field(
+        2 * 1024**2,
+        ge=1024,
+        description="Bytes of the largest request message that is taken; 2 MiB are 1 MiB of text"
+        " with options, or 700,000 token ids.",
+    )
+    max_received_bytes: int = Field(
+        64 * 1024**2,
+        ge=1024,
+        description="Most bytes of request messages at one time: half for those being received,"
+        " which count as the largest, half for those of running calls; more are refused.",
+    )
+    max_unsent_bytes: int = Field(
+        64 * 1024**2,
+        ge=1024,
+        description="Bytes of answers that clients were sent and do not take, from which on new"
+        " calls are refused.",
+    )
+    max_answer_bytes: int = Field(
+        8 * 1024**2,
+        ge=1024,
+        description="Most bytes of a whole answer; larger ones must be streamed. The clients take"
+        " 8 MiB, other gRPC clients 4 MiB by default.",
+    )
+    max_buffered_bytes: int = Field(
+        32 * 1024**2,
+        ge=1024,
+        description="Most bytes of all answers in memory: whole ones that are not complete and"
+        " what readers have not taken. Each takes some four times as much memory.",
+    )
     max_requests: int = Field(512, ge=1, description="Most generations under way.")
     max_prompt_tokens: int = Field(
         1_000_000, ge=1, description="Most prompt tokens of all generations under way."
     )
     max_prompt_bytes: int = Field(
-        64 * 1024 * 1024, ge=1, description="Most prompt bytes of all generations under way."
+        32 * 1024 * 1024, ge=1, description="Most prompt bytes of all generations under way."
     )
     max_request_prompt_bytes: int = Field(
         1024 * 1024, ge=1, description="Most bytes of text in one prompt or conversation."

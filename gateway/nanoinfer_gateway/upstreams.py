@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import grpc
+import structlog
 from google.protobuf.message import Message
 from nanoinfer.v1 import (
     engine_pb2,
@@ -20,7 +21,7 @@ from nanoinfer.v1 import (
 )
 from nanoinfer_common import names
 from nanoinfer_common.channels import open_channel
-from nanoinfer_common.errors import ServiceError, from_rpc_error, unavailable
+from nanoinfer_common.errors import ServiceError, from_rpc_error, internal, unavailable
 
 from nanoinfer_gateway.replicas import Replica, Replicas
 from nanoinfer_gateway.vocabulary import Vocabulary
@@ -31,6 +32,8 @@ VOCABULARY_TIMEOUT_SECONDS = 60.0
 
 # a server that stops cancels its calls; our own cancels do not come back as errors
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+log = structlog.get_logger(__name__)
 
 Observe = Callable[[str], AbstractContextManager[None]]
 
@@ -139,7 +142,7 @@ class Tokenizer:
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 call.timeout()  # the caller's own deadline is over, unless only the cap was reached
             elif code not in _GONE:
-                raise from_rpc_error(error) from error
+                raise _own_refusal(error) from error
             raise unavailable(
                 names.TOKENIZER_UNAVAILABLE, "no tokenizer answers", retry_after=1.0
             ) from error
@@ -198,4 +201,16 @@ def _engine_error(error: grpc.aio.AioRpcError) -> ServiceError:
     known = from_rpc_error(error)
     if error.code() in _GONE and known.reason == error.code().name:
         return unavailable(names.ENGINE_LOST, "the engine is gone", retry_after=1.0)
-    return known
+    return _own_refusal(error)
+
+
+def _own_refusal(error: grpc.aio.AioRpcError) -> ServiceError:
+    """Return what the service refused with; INTERNAL for a status that is gRPC's and not ours.
+
+    The latter's text names addresses and classes: it goes to the log alone.
+    """
+    known = from_rpc_error(error)
+    if known.reason in names.REASONS and known.reason != names.INTERNAL:
+        return known
+    log.error("an upstream failed", code=error.code().name, details=error.details())
+    return internal()

@@ -202,6 +202,7 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
     requests: list[engine_pb2.EngineServiceGenerateRequest] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
     remaining: list[float] = field(default_factory=list)
+    before: Callable[[Any], Any] | None = None
     num_running: int = 0
     num_reports: int = 0
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -213,6 +214,8 @@ class FakeEngine(engine_pb2_grpc.EngineServiceServicer):
         self.remaining.append(context.time_remaining())
         self.num_running += 1
         try:
+            if self.before is not None:
+                await self.before(context)
             async for message in self.behaviour(request):
                 await context.write(message)
         except ServiceError as error:

@@ -13,6 +13,7 @@ import pytest
 from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common.errors import ServiceError, unavailable
 from nanoinfer_common.stream_writes import WriteSlots
+from nanoinfer_gateway.answer_bytes import AnswerBytes, Share
 from nanoinfer_gateway.collecting import collect
 from nanoinfer_gateway.completions import Update
 from nanoinfer_gateway.generation import (
@@ -114,7 +115,8 @@ def generation(
         Call(),
         time.perf_counter_ns(),
     )
-    return Generation(Upstreams(Encoder(), source, vocabulary), request, lambda _: None)
+    share = Share(AnswerBytes(2**25))
+    return Generation(Upstreams(Encoder(), source, vocabulary), request, lambda _: None, share)
 
 
 async def read(running: Generation, received: list[Update], pause: float = 0) -> None:

@@ -30,6 +30,8 @@ class GatewayServiceStub:
     bad fields, UNIMPLEMENTED for features the model server lacks, NOT_FOUND for an unknown model,
     RESOURCE_EXHAUSTED with RetryInfo under overload, UNAVAILABLE when no tokenizer or engine answers.
     After the first message a failure is a status again, and what was delivered stays delivered.
+    A request message has at most 2 MiB and its text 1 MiB, unless the server is told otherwise.
+    Every refusal carries the request id in its trailing metadata, `x-request-id`.
     """
 
     def __init__(self, channel):
@@ -85,10 +87,14 @@ class GatewayServiceServicer:
     bad fields, UNIMPLEMENTED for features the model server lacks, NOT_FOUND for an unknown model,
     RESOURCE_EXHAUSTED with RetryInfo under overload, UNAVAILABLE when no tokenizer or engine answers.
     After the first message a failure is a status again, and what was delivered stays delivered.
+    A request message has at most 2 MiB and its text 1 MiB, unless the server is told otherwise.
+    Every refusal carries the request id in its trailing metadata, `x-request-id`.
     """
 
     def Generate(self, request, context):
-        """Completes a prompt and returns the whole result.
+        """Completes a prompt and returns the whole result, of at most 8 MiB unless the server is told
+        otherwise: INVALID_ARGUMENT (ANSWER_TOO_LARGE) where log-probabilities make it larger, at once
+        if `max_tokens` tells. Streams have no such bound.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,7 +108,7 @@ class GatewayServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Chat(self, request, context):
-        """Answers a conversation and returns the whole result.
+        """Answers a conversation and returns the whole result, bounded as that of Generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,6 +206,8 @@ class GatewayService:
     bad fields, UNIMPLEMENTED for features the model server lacks, NOT_FOUND for an unknown model,
     RESOURCE_EXHAUSTED with RetryInfo under overload, UNAVAILABLE when no tokenizer or engine answers.
     After the first message a failure is a status again, and what was delivered stays delivered.
+    A request message has at most 2 MiB and its text 1 MiB, unless the server is told otherwise.
+    Every refusal carries the request id in its trailing metadata, `x-request-id`.
     """
 
     @staticmethod

@@ -36,6 +36,8 @@ class GatewayServiceStub:
     bad fields, UNIMPLEMENTED for features the model server lacks, NOT_FOUND for an unknown model,
     RESOURCE_EXHAUSTED with RetryInfo under overload, UNAVAILABLE when no tokenizer or engine answers.
     After the first message a failure is a status again, and what was delivered stays delivered.
+    A request message has at most 2 MiB and its text 1 MiB, unless the server is told otherwise.
+    Every refusal carries the request id in its trailing metadata, `x-request-id`.
     """
 
     @_typing.overload
@@ -43,11 +45,14 @@ class GatewayServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GatewayServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GatewayServiceGenerateRequest, _gateway_pb2.GatewayServiceGenerateResponse]
-    """Completes a prompt and returns the whole result."""
+    """Completes a prompt and returns the whole result, of at most 8 MiB unless the server is told
+    otherwise: INVALID_ARGUMENT (ANSWER_TOO_LARGE) where log-probabilities make it larger, at once
+    if `max_tokens` tells. Streams have no such bound.
+    """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_gateway_pb2.GatewayServiceGenerateStreamRequest, _gateway_pb2.GatewayServiceGenerateStreamResponse]
     """Completes a prompt and streams text deltas. Closing the stream frees everything upstream."""
     Chat: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GatewayServiceChatRequest, _gateway_pb2.GatewayServiceChatResponse]
-    """Answers a conversation and returns the whole result."""
+    """Answers a conversation and returns the whole result, bounded as that of Generate."""
     ChatStream: _grpc.UnaryStreamMultiCallable[_gateway_pb2.GatewayServiceChatStreamRequest, _gateway_pb2.GatewayServiceChatStreamResponse]
     """Answers a conversation and streams text deltas. Closing the stream frees everything upstream."""
     CountTokens: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.GatewayServiceCountTokensRequest, _gateway_pb2.GatewayServiceCountTokensResponse]
@@ -67,15 +72,20 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     bad fields, UNIMPLEMENTED for features the model server lacks, NOT_FOUND for an unknown model,
     RESOURCE_EXHAUSTED with RetryInfo under overload, UNAVAILABLE when no tokenizer or engine answers.
     After the first message a failure is a status again, and what was delivered stays delivered.
+    A request message has at most 2 MiB and its text 1 MiB, unless the server is told otherwise.
+    Every refusal carries the request id in its trailing metadata, `x-request-id`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GatewayServiceGenerateRequest, _gateway_pb2.GatewayServiceGenerateResponse]  # type: ignore[assignment]
-    """Completes a prompt and returns the whole result."""
+    """Completes a prompt and returns the whole result, of at most 8 MiB unless the server is told
+    otherwise: INVALID_ARGUMENT (ANSWER_TOO_LARGE) where log-probabilities make it larger, at once
+    if `max_tokens` tells. Streams have no such bound.
+    """
     GenerateStream: _aio.UnaryStreamMultiCallable[_gateway_pb2.GatewayServiceGenerateStreamRequest, _gateway_pb2.GatewayServiceGenerateStreamResponse]  # type: ignore[assignment]
     """Completes a prompt and streams text deltas. Closing the stream frees everything upstream."""
     Chat: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GatewayServiceChatRequest, _gateway_pb2.GatewayServiceChatResponse]  # type: ignore[assignment]
-    """Answers a conversation and returns the whole result."""
+    """Answers a conversation and returns the whole result, bounded as that of Generate."""
     ChatStream: _aio.UnaryStreamMultiCallable[_gateway_pb2.GatewayServiceChatStreamRequest, _gateway_pb2.GatewayServiceChatStreamResponse]  # type: ignore[assignment]
     """Answers a conversation and streams text deltas. Closing the stream frees everything upstream."""
     CountTokens: _aio.UnaryUnaryMultiCallable[_gateway_pb2.GatewayServiceCountTokensRequest, _gateway_pb2.GatewayServiceCountTokensResponse]  # type: ignore[assignment]
@@ -94,6 +104,8 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
     bad fields, UNIMPLEMENTED for features the model server lacks, NOT_FOUND for an unknown model,
     RESOURCE_EXHAUSTED with RetryInfo under overload, UNAVAILABLE when no tokenizer or engine answers.
     After the first message a failure is a status again, and what was delivered stays delivered.
+    A request message has at most 2 MiB and its text 1 MiB, unless the server is told otherwise.
+    Every refusal carries the request id in its trailing metadata, `x-request-id`.
     """
 
     @_abc_1.abstractmethod
@@ -102,7 +114,10 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.GatewayServiceGenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.GatewayServiceGenerateResponse, _abc.Awaitable[_gateway_pb2.GatewayServiceGenerateResponse]]:
-        """Completes a prompt and returns the whole result."""
+        """Completes a prompt and returns the whole result, of at most 8 MiB unless the server is told
+        otherwise: INVALID_ARGUMENT (ANSWER_TOO_LARGE) where log-probabilities make it larger, at once
+        if `max_tokens` tells. Streams have no such bound.
+        """
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -118,7 +133,7 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gateway_pb2.GatewayServiceChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gateway_pb2.GatewayServiceChatResponse, _abc.Awaitable[_gateway_pb2.GatewayServiceChatResponse]]:
-        """Answers a conversation and returns the whole result."""
+        """Answers a conversation and returns the whole result, bounded as that of Generate."""
 
     @_abc_1.abstractmethod
     def ChatStream(
