@@ -88,6 +88,18 @@ async def test_an_answer_that_cannot_be_written_is_internal() -> None:
         assert dict(raised.value.trailing_metadata() or ())[names.REQUEST_ID] == "mine"
 
 
+@pytest.mark.matrix("R38")
+async def test_a_method_that_does_not_exist_is_refused_with_the_request_id() -> None:
+    async with start_probe() as probe:
+        for kind in ("unary_unary", "unary_stream"):
+            unknown: Any = getattr(probe.channel, kind)(f"/{FULL_NAME}/Missing")
+            refused = unknown(b"hi", metadata=(("x-request-id", "mine"),))
+            assert await refused.code() is grpc.StatusCode.UNIMPLEMENTED
+            trailing = dict(await refused.trailing_metadata())
+            assert trailing[names.REQUEST_ID] == "mine"
+            assert b"UNKNOWN_METHOD" in trailing[names.STATUS_DETAILS]
+
+
 @pytest.mark.matrix("R42")
 @pytest.mark.parametrize("method", ["unary_stream", "written"])
 async def test_a_client_that_resets_its_connection_ends_its_calls(method: str) -> None:

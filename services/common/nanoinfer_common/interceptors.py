@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import inspect
 import time
+import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -85,7 +86,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return handler
         if handler is None:
             record_unknown_method(method)
-            return None
+            return grpc.stream_stream_rpc_method_handler(self._refuse_unknown)
         if method not in self._wrapped:
             self._wrapped[method] = self._wrap(method, handler)
         return self._wrapped[method]
@@ -98,6 +99,15 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Ends every running call with `error`."""
         for call in self.running:
             call.interrupt(error)
+
+    async def _refuse_unknown(self, messages: Any, context: Context) -> None:
+        """Answers a call of a method that does not exist, without counting it by its name."""
+        message = "this service has no such method"
+        error = ServiceError(grpc.StatusCode.UNIMPLEMENTED, names.UNKNOWN_METHOD, message)
+        status = errors.to_status(error, self.domain)
+        request_id = _request_id(list(context.invocation_metadata() or ()))
+        details = (names.STATUS_DETAILS, status.SerializeToString())
+        await context.abort(error.code, message, ((names.REQUEST_ID, request_id), details))
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         """Makes a handler that reads, parses and writes messages itself.
@@ -147,6 +157,7 @@ class RunningCall:
                 await self._handle_one()
         except BaseException as raised:
             ending = self._ending(raised)
+            _clear_frames(raised)
             if isinstance(ending, grpc.StatusCode):
                 self._finish(ending)
             else:
@@ -170,9 +181,7 @@ class RunningCall:
             )
         # The task is this call's own, so nothing has to be detached or reset at its end.
         otel_context.attach(trace.set_span_in_context(self._span))
-        given = [value for key, value in metadata if key == names.REQUEST_ID]
-        usable = len(given) == 1 and is_label(given[0], MAX_REQUEST_ID_CHARS)
-        telemetry.enter_rpc(self._span, given[0] if usable else str(uuid.uuid4()))
+        telemetry.enter_rpc(self._span, _request_id(metadata))
 
     def _admit(self) -> None:
         """Refuses the call while the service loads or drains, or has sent too much unread."""
@@ -274,6 +283,23 @@ class RunningCall:
         end_span(self._span, code, is_error=code.name in SERVER_FAULTS)
         seconds = round(time.perf_counter() - self._started, 6)
         log.info("rpc", method=self.method, code=code.name, duration_seconds=seconds, **told)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Lets go of what the frames hold that an error came through.
+
+    The request is among it: 2 MiB may be 60 MB once parsed, and a status may be taken late.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _request_id(metadata: Sequence[tuple[str, Any]]) -> str:
+    """Returns the id that a call's metadata give it, or a new one."""
+    given = [value for key, value in metadata if key == names.REQUEST_ID]
+    usable = len(given) == 1 and is_label(given[0], MAX_REQUEST_ID_CHARS)
+    return str(given[0]) if usable else str(uuid.uuid4())
 
 
 def _label(request: Any) -> None:
