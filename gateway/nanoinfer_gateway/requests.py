@@ -23,6 +23,8 @@ from nanoinfer_gateway.settings import GatewaySettings
 from nanoinfer_gateway.upstreams import Call, EncodedPrompt
 
 BYTES_PER_TOKEN_ID = 4
+# A part of a conversation takes at least as much once parsed, be its text empty.
+BYTES_PER_PART = 32
 
 PromptRequest = (
     gateway_pb2.GatewayServiceGenerateRequest | gateway_pb2.GatewayServiceGenerateStreamRequest
@@ -74,7 +76,7 @@ class RequestReader:
         return request, metadata
 
     def num_bytes(self, prompt: Prompt) -> int:
-        """Return a prompt's size in bytes, 4 for an id.
+        """Return a prompt's size in bytes, 4 for an id, 32 for a part besides its text.
 
         Raises INVALID_ARGUMENT: INPUT_TOO_LARGE for more text than one request may bring.
         """
@@ -115,7 +117,8 @@ class RequestReader:
 
 
 def _conversation_bytes(messages: Sequence[tokenizer_pb2.ChatMessage]) -> int:
-    return sum(
+    num_parts = sum(len(message.content) for message in messages)
+    return num_parts * BYTES_PER_PART + sum(
         len(message.role.encode()) + sum(len(part.text.encode()) for part in message.content)
         for message in messages
     )

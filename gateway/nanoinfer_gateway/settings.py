@@ -69,7 +69,10 @@ class GatewaySettings(ServiceSettings):
         32 * 1024 * 1024, ge=1, description="Most prompt bytes of all generations under way."
     )
     max_request_prompt_bytes: int = Field(
-        1024 * 1024, ge=1, description="Most bytes of text in one prompt or conversation."
+        1024 * 1024,
+        ge=1,
+        description="Most bytes of text in one prompt or conversation,"
+        " of which each part counts 32 more.",
     )
     max_tenant_requests: int | None = Field(
         None, ge=1, description="Most generations under way of one tenant; `none` is no bound."

@@ -18,7 +18,7 @@ import grpc
 import pytest
 import yaml
 from nanoinfer.v1 import gateway_pb2 as pb
-from nanoinfer.v1 import gateway_pb2_grpc, generation_pb2
+from nanoinfer.v1 import gateway_pb2_grpc, generation_pb2, tokenizer_pb2
 
 from tests.gateway.fakes import (
     Behaviour,
@@ -183,6 +183,20 @@ async def test_a_hundred_large_requests_at_once_do_not_kill_the_gateway(
             small = pb.GatewayServiceCountTokensRequest(text="abc")
             assert (await stubs[0].CountTokens(small)).num_tokens == 3
         assert codes[CODES.UNAVAILABLE] == 0
+        assert running.peak_bytes < pod_limit()
+
+
+@pytest.mark.parametrize("text", [None, "x"], ids=["of no kind", "short"])
+async def test_a_million_parts_that_parsed_are_far_more_do_not_kill_the_gateway(
+    text: str | None, tmp_path: Path
+) -> None:
+    part = tokenizer_pb2.ContentPart(text=text)
+    num_parts = 2_000_000 // (part.ByteSize() + 2)
+    message = tokenizer_pb2.ChatMessage(role="user", content=[part] * num_parts)
+    request = pb.GatewayServiceChatRequest(messages=[message])
+    async with gateway_process(FakeEngine(), tmp_path) as running, stub_of(running) as stub:
+        codes = Counter(await asyncio.gather(*[outcome(stub.Chat(request)) for _ in range(20)]))
+        assert codes.keys() <= {CODES.INVALID_ARGUMENT, CODES.RESOURCE_EXHAUSTED}
         assert running.peak_bytes < pod_limit()
 
 
