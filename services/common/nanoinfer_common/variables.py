@@ -14,10 +14,10 @@ PREFIX: Final = "NANOINFER_"
 # The settings of the common room, then of the gateway, the tokenizer and the engine.
 _SETTINGS: Final = """
 default_deadline_seconds drain_delay_seconds drain_seconds host log_format log_level
-max_connection_age_seconds max_deadline_seconds max_message_bytes metrics_port metrics_prefix
-port port_file reflection trust_incoming_trace
+max_connection_age_seconds max_deadline_seconds max_message_bytes max_received_bytes
+max_unsent_bytes metrics_port metrics_prefix port port_file reflection trust_incoming_trace
 
-engine max_prompt_bytes max_prompt_tokens max_request_prompt_bytes max_requests
+engine max_answer_bytes max_prompt_bytes max_prompt_tokens max_request_prompt_bytes max_requests
 max_tenant_requests num_write_slots ready_without_upstreams resolve_seconds stall_seconds
 tokenizer tokenizer_timeout_seconds
 
@@ -25,7 +25,7 @@ max_batch_texts max_characters max_pending model num_template_workers num_thread
 special_tokens template_timeout_seconds
 
 block_size device device_memory_share dtype kv_cache_dtype kv_cache_memory max_batch_requests
-max_batch_tokens max_buffered_tokens max_messages_per_second max_mixed_tokens max_model_len
+max_batch_tokens max_buffered_bytes max_buffered_tokens max_messages_per_second max_mixed_tokens max_model_len
 max_queue_seconds max_waiting_bytes max_waiting_requests max_waiting_tokens mixed_graphs
 model_name prefix_caching quantization reader_stall_seconds tensor_parallel threads
 """
