@@ -57,11 +57,14 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class Upstreams:
-    """What a generation is composed of; `vocabulary` is asked with a fingerprint or None."""
+    """What a generation is composed of.
+
+    `vocabulary` is asked with a fingerprint and the EOS ids that must go with it, each or None.
+    """
 
     encoder: Encoder
     engines: TokenSource
-    vocabulary: Callable[[bytes | None], Awaitable[Vocabulary]]
+    vocabulary: Callable[[bytes | None, frozenset[int] | None], Awaitable[Vocabulary]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Generation:
         self._on_encoded(len(prompt.tokens.ids))
         request = self._request
         fingerprint = prompt.fingerprint or request.model.tokenizer_fingerprint or None
-        vocabulary = await self._upstreams.vocabulary(fingerprint)
+        vocabulary = await self._upstreams.vocabulary(fingerprint, _eos(request.model))
         options = _with_seed(request.options)
         echo = _echo(request, prompt)
         # The first message brings both at once, so no reader can slow them down.
@@ -254,6 +257,12 @@ class Generation:
                     "nanoinfer.stop.matched": completions.any_cut,
                 },
             )
+
+
+def _eos(model: generation_pb2.ModelInfo) -> frozenset[int] | None:
+    """The engine's EOS ids; None where it knows no tokenizer whose EOS it could have taken in."""
+    known = model.HasField("tokenizer_fingerprint")
+    return frozenset(model.eos_token_ids) if known else None
 
 
 def _with_seed(options: gateway_pb2.GenerationOptions) -> gateway_pb2.GenerationOptions:

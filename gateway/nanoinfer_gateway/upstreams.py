@@ -111,13 +111,14 @@ class Tokenizer:
         request = tokenizer_pb2.TokenizerServiceGetVocabularyRequest()
         tokens: list[bytes] = []
         special: set[int] = set()
-        fingerprint = b""
+        fingerprint, eos = b"", None
         with self._errors(Call()):
             async for run in self._stub.GetVocabulary(request, timeout=VOCABULARY_TIMEOUT_SECONDS):
                 tokens.extend(run.tokens)
                 special.update(run.special_token_ids)
                 fingerprint = run.tokenizer_fingerprint
-        return Vocabulary(fingerprint, tuple(tokens), frozenset(special))
+                eos = frozenset(run.eos_token_ids.ids) if run.HasField("eos_token_ids") else None
+        return Vocabulary(fingerprint, tuple(tokens), frozenset(special), eos)
 
     async def _encoded(self, method: Any, request: Message, call: Call) -> EncodedPrompt:
         started = time.perf_counter_ns()

@@ -19,12 +19,14 @@ MAX_KEPT = 4
 class Vocabulary:
     """Raw bytes by id (empty for an id without a token), the special ids, the 32-byte fingerprint.
 
-    `without_specials` is the same table with the special tokens' bytes left out.
+    `eos_token_ids` are None where the tokenizer is too old to say them. `without_specials` is the
+    same table with the special tokens' bytes left out.
     """
 
     fingerprint: bytes
     tokens: tuple[bytes, ...]
     special_ids: frozenset[int]
+    eos_token_ids: frozenset[int] | None = None
     without_specials: tuple[bytes, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -45,12 +47,30 @@ class Vocabularies:
         self._kept: dict[bytes, Vocabulary] = {}
         self._fetching: asyncio.Task[Vocabulary] | None = None
 
-    async def get(self, fingerprint: bytes | None = None) -> Vocabulary:
+    async def get(
+        self, fingerprint: bytes | None = None, eos_token_ids: frozenset[int] | None = None
+    ) -> Vocabulary:
         """Return the vocabulary of a fingerprint, or the newest where it is None.
 
-        Raises FAILED_PRECONDITION (TOKENIZER_MISMATCH) where no tokenizer has it, and what fetching
-        raises.
+        Raises FAILED_PRECONDITION (TOKENIZER_MISMATCH) where no tokenizer has it, or where its EOS
+        ids are not the given ones, and what fetching raises.
         """
+        vocabulary = await self._of(fingerprint)
+        if eos_token_ids in (None, vocabulary.eos_token_ids) or vocabulary.eos_token_ids is None:
+            return vocabulary
+        # the tokenizer may have started again with other files beside the same tokenizer.json
+        await self._fetch_once()
+        vocabulary = await self._of(fingerprint)
+        if vocabulary.eos_token_ids == eos_token_ids:
+            return vocabulary
+        raise precondition(
+            names.TOKENIZER_MISMATCH,
+            "tokenizer and engine disagree on the ids that end a text",
+            tokenizerEos=_listed(vocabulary.eos_token_ids),
+            engineEos=_listed(eos_token_ids),
+        )
+
+    async def _of(self, fingerprint: bytes | None) -> Vocabulary:
         if fingerprint is None:
             return next(reversed(self._kept.values())) if self._kept else await self._fetch_once()
         for _ in range(MAX_FETCHES):
@@ -95,3 +115,7 @@ class Vocabularies:
         while len(self._kept) > MAX_KEPT:
             del self._kept[next(iter(self._kept))]
         return vocabulary
+
+
+def _listed(token_ids: frozenset[int] | None) -> str:
+    return ", ".join(map(str, sorted(token_ids or ())))

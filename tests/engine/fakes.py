@@ -73,7 +73,6 @@ class FakeRunner:
         qk_norm=False,
         sliding_windows=(None,),
         rope=RopeConfig(),
-        eos_token_ids=(EOS,),
     )
 
     def __init__(

@@ -59,6 +59,7 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     fingerprint: bytes = FINGERPRINT
     tokens: Sequence[bytes] = TOKENS
+    eos_token_ids: Sequence[int] | None = None
     before: Callable[[Any], Any] | None = None
     calls: list[tuple[str, Any, dict[str, Any], float | None]] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -101,6 +102,9 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 special_token_ids=[SPECIAL] if first <= SPECIAL < first + len(run) else [],
                 vocab_size=len(self.tokens),
                 tokenizer_fingerprint=self.fingerprint,
+                eos_token_ids=None
+                if self.eos_token_ids is None
+                else generation_pb2.TokenIds(ids=self.eos_token_ids),
             )
 
     def named(self, name: str) -> list[Any]:

@@ -103,8 +103,11 @@ def generation(
     prompt: Any = "hi",
     **model: Any,
 ) -> Generation:
-    async def vocabulary(fingerprint: bytes | None) -> Vocabulary:
+    async def vocabulary(
+        fingerprint: bytes | None, eos_token_ids: frozenset[int] | None
+    ) -> Vocabulary:
         assert fingerprint == FINGERPRINT
+        assert eos_token_ids == frozenset(request.model.eos_token_ids)
         return VOCABULARY
 
     request = GenerationRequest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -74,6 +75,28 @@ async def test_a_fingerprint_that_nobody_has_is_a_mismatch() -> None:
     assert raised.value.reason == "TOKENIZER_MISMATCH"
     assert raised.value.metadata == {"expected": "09" * 32, "actual": "00" * 32}
     assert source.num_fetches == MAX_FETCHES
+
+
+async def test_a_tokenizer_with_another_eos_is_a_mismatch_until_it_has_the_engines() -> None:
+    old, new = replace(vocabulary(), eos_token_ids=frozenset({1})), frozenset({1, 2})
+    source = Source(old, old, replace(old, eos_token_ids=new))
+    kept = Vocabularies(source)
+    assert await kept.get(bytes(32), frozenset({1})) == old
+    with pytest.raises(ServiceError) as raised:
+        await kept.get(bytes(32), new)
+    assert raised.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert raised.value.reason == "TOKENIZER_MISMATCH"
+    assert raised.value.metadata == {"tokenizerEos": "1", "engineEos": "1, 2"}
+    # the tokenizer has started again with other files beside the same tokenizer.json
+    assert (await kept.get(bytes(32), new)).eos_token_ids == new
+    assert source.num_fetches == 3
+
+
+async def test_a_tokenizer_that_tells_no_eos_and_an_engine_without_a_tokenizer_are_let_be() -> None:
+    silent = Vocabularies(Source(vocabulary()))
+    assert await silent.get(bytes(32), frozenset({5})) == vocabulary()
+    told = replace(vocabulary(), eos_token_ids=frozenset({1}))
+    assert await Vocabularies(Source(told)).get(bytes(32), None) == told
 
 
 async def test_only_the_last_few_are_kept() -> None:

@@ -46,7 +46,7 @@ ALLOWED = {
     "gateway/nanoinfer_gateway": {"nanoinfer_gateway", *SERVICE},
 }
 TORCH_FREE = {"scheduler", "waiting", "plan", "rows", "block_tables", "blocks", "batch"}
-TORCH_FREE |= {"request", "config"}
+TORCH_FREE |= {"request", "config", "families", "model_formats"}
 EDGE = {
     "service",
     "messages",
@@ -58,15 +58,13 @@ EDGE = {
     "loading",
     "__main__",
 }
+# what of the shared room reads a model's files: the standard library alone, no proto, no grpc
+PLAIN = {"nanoinfer_common.json_files", "nanoinfer_common.model_paths"}
 
 
 def imported(path: Path) -> Iterator[str]:
     """Top-level packages that a file imports, wherever in the file the import stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module.partition(".")[0]
+    yield from (name.partition(".")[0] for name in modules(path))
 
 
 @pytest.mark.parametrize("room", ALLOWED)
@@ -87,9 +85,25 @@ def test_the_engines_policy_is_torch_free() -> None:
         assert "torch" not in set(imported(engine / f"{name}.py")), name
 
 
+def modules(path: Path) -> Iterator[str]:
+    """The whole names of what a file imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+
+
 def test_only_the_engines_edge_knows_proto_and_grpc() -> None:
     engine = ROOT / "services/engine/nanoinfer_engine"
     for path in engine.rglob("*.py"):
         if path.stem not in EDGE:
-            packages = set(imported(path))
+            packages = {name.partition(".")[0] for name in set(modules(path)) - PLAIN}
             assert packages.isdisjoint({"grpc", "google", "nanoinfer", "nanoinfer_common"}), path
+
+
+def test_what_reads_a_models_files_for_all_is_the_standard_librarys_alone() -> None:
+    for name in PLAIN:
+        path = ROOT / "services/common" / f"{name.replace('.', '/')}.py"
+        packages = {each.partition(".")[0] for each in set(modules(path)) - PLAIN}
+        assert packages <= set(sys.stdlib_module_names), name

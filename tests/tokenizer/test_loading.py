@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_tokenizer.encodings import Frame, TokenizerFileError
 from nanoinfer_tokenizer.loading import RankFileOptions, load_tokenizer
 from nanoinfer_tokenizer.patterns import PATTERNS
@@ -136,9 +137,7 @@ def test_where_the_chat_template_comes_from(model: Path) -> None:
         load_tokenizer(model)
 
 
-def test_eos_comes_from_the_generation_config_then_the_models_then_the_tokenizers(
-    model: Path,
-) -> None:
+def test_eos_is_what_generation_config_config_and_tokenizer_name_together(model: Path) -> None:
     (model / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": {"content": "<|endoftext|>", "lstrip": False}})
     )
@@ -146,7 +145,47 @@ def test_eos_comes_from_the_generation_config_then_the_models_then_the_tokenizer
     (model / "config.json").write_text(json.dumps({"eos_token_id": 5}))
     assert load_tokenizer(model).eos_token_ids == (5, 700)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [700, 6]}))
-    assert load_tokenizer(model).eos_token_ids == (700, 6)
+    assert load_tokenizer(model).eos_token_ids == (5, 6, 700)
+    # the model's configurations count, not those beside a tokenizer from elsewhere
+    (model / "ckpt.pt").write_bytes(b"")
+    assert load_tokenizer(model, model=model / "ckpt.pt").eos_token_ids == (700,)
+
+
+def test_a_byte_order_mark_changes_neither_ids_nor_fingerprint(model: Path) -> None:
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    before, fingerprint = load_tokenizer(model), tokenizer_fingerprint(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (model / name).read_text(encoding="utf-8")
+        (model / name).write_text(text, encoding="utf-8-sig")
+    after = load_tokenizer(model)
+    assert after.encoding.encode("the cache") == before.encoding.encode("the cache")
+    assert after.eos_token_ids == before.eos_token_ids == (700,)
+    assert tokenizer_fingerprint(model) == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"ckpt.pt": ""}, "--tokenizer"),
+        ({"x.gguf": "GGUF"}, "GGUF is not supported"),
+        ({"pytorch_model.bin": ""}, "save_pretrained"),
+        ({"m/adapter_config.json": "{}"}, "LoRA"),
+        ({"m/tokenizer.model": ""}, "AutoTokenizer"),
+        ({"m/vocab.json": "{}", "m/merges.txt": ""}, "AutoTokenizer"),
+        ({"m/config.json": "{}", "m/model.safetensors": ""}, "--tokenizer"),
+        ({"m/config.json": "{}", "m/pytorch_model.bin": ""}, "save_pretrained"),
+        ({"m/tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, "git lfs pull"),
+        ({"x.tiktoken": "version https://git-lfs.github.com/spec/v1\n"}, "git lfs pull"),
+    ],
+)
+def test_a_path_without_a_tokenizer_says_what_to_do(
+    files: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerFileError, match=said):
+        load_tokenizer(tmp_path / next(iter(files)).split("/")[0])
 
 
 @pytest.mark.parametrize(

@@ -458,6 +458,7 @@ async def test_the_vocabulary_comes_whole_and_in_order(
         assert run.first_token_id == len(tokens)
         assert len(run.tokenizer_fingerprint) == 32
         assert run.vocab_size == 705
+        assert list(run.eos_token_ids.ids) == [704]
         tokens.extend(run.tokens)
         special.update(run.special_token_ids)
         num_runs += 1

@@ -25,6 +25,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
+from nanoinfer_common.json_files import read_object, read_optional_object
+
 FORMAT: Final = "nanoinfer-tokenizer-1"
 SECTIONS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token")
@@ -64,7 +66,7 @@ def find_tokenizer(path: Path) -> Path | None:
 
 
 def _tokenizer_json(file: Path) -> dict[str, Any]:
-    content = _read_object(file)
+    content = read_object(file)
     model = dict(content["model"])
     vocabulary, merges = model.pop("vocab"), model.pop("merges", None)
     added = sorted(content.get("added_tokens") or (), key=itemgetter("id"))
@@ -91,8 +93,7 @@ def _ranks(file: Path) -> dict[str, Any]:
 
 
 def _companions(directory: Path) -> dict[str, Any]:
-    config_file = directory / "tokenizer_config.json"
-    config = _read_object(config_file) if config_file.is_file() else {}
+    config = read_optional_object(directory / "tokenizer_config.json")
     template = config.get("chat_template")
     if (directory / "chat_template.jinja").is_file():
         template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
@@ -102,10 +103,3 @@ def _companions(directory: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no JSON object")
-    return content

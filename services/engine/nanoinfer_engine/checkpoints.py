@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from nanoinfer_common.json_files import is_lfs_pointer, lfs_message
+from nanoinfer_common.model_paths import unservable
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,6 +65,8 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a directory, or a .pt file. Raises CheckpointError."""
+    if reason := unservable(path):
+        raise CheckpointError(f"{path}: {reason}")
     if path.is_dir():
         return SafetensorsCheckpoint(path)
     if path.suffix in (".pt", ".pth") and path.is_file():
@@ -112,6 +116,8 @@ class SafetensorsCheckpoint:
             try:
                 self._file: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
+                if is_lfs_pointer(path):
+                    raise CheckpointError(lfs_message(path)) from error
                 raise CheckpointError(f"{path.name}: {error}") from error
             self._current = shard
         return self._file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -105,8 +105,8 @@ class ModelConfig:
     `topology` is "decoder" (Llama family: RMSNorm, RoPE, gated MLP) or "gpt2" (LayerNorm, learned
     positions, plain MLP). `sliding_windows` has one entry per layer: the number of last positions
     a token sees, itself included, or None for all. `activation` is "silu" ("decoder" alone), "gelu"
-    (exact) or "gelu_tanh" (its approximation). `rope` is unused by "gpt2". `eos_token_ids` are
-    those that the checkpoint itself declares. Raises CheckpointError where fields contradict.
+    (exact) or "gelu_tanh" (its approximation). `rope` is unused by "gpt2". `unread_fields` are
+    fields of the description that have no effect. Raises CheckpointError where fields contradict.
     """
 
     model_type: str
@@ -129,7 +129,7 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     rope: RopeConfig
-    eos_token_ids: tuple[int, ...] = ()
+    unread_fields: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check what no single field shows."""
@@ -145,6 +145,3 @@ class ModelConfig:
                 f"layer_types has {len(self.sliding_windows)} entries"
                 f" for num_hidden_layers {self.num_layers}"
             )
-        for token_id in self.eos_token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise CheckpointError(f"eos_token_id {token_id} is outside the vocabulary")

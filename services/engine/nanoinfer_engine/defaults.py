@@ -5,12 +5,13 @@ These are the defaults that `GetModelInfo` publishes and that an unset field tak
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nanoinfer_common.json_files import JsonFileError, read_optional_object
 
 from nanoinfer_engine.config import CheckpointError
 
@@ -33,22 +34,22 @@ class SamplingDefaults:
 def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
     """The defaults of the checkpoint at `model_path`; raises CheckpointError for invalid values.
 
-    `do_sample: false` means greedy, as it does in transformers.
+    `do_sample: false` means greedy, as it does in transformers; `top_k: -1` means off, as 0 does.
     """
-    path = model_path / "generation_config.json"
-    if not path.is_file():
-        return SamplingDefaults()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path.name}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path.name}: not an object")
-    greedy = values.get("do_sample") is False
+        values = read_optional_object(model_path / "generation_config.json")
+    except JsonFileError as error:
+        raise CheckpointError(str(error)) from error
+    samples = values.get("do_sample")
+    if samples not in (None, True, False):
+        raise _refuse("do_sample", samples, "true or false")
+    top_k = 0 if values.get("top_k") == -1 else _number(values, "top_k", 0, 0, 2**31 - 1)
+    if top_k != int(top_k):
+        raise _refuse("top_k", top_k, "an integer")
     return SamplingDefaults(
-        temperature=0.0 if greedy else _number(values, "temperature", 1.0, 0, 2),
+        temperature=0.0 if samples is False else _number(values, "temperature", 1.0, 0, 2),
         top_p=_number(values, "top_p", 1.0, 1e-6, 1),
-        top_k=int(_number(values, "top_k", 0, 0, 2**31 - 1)),
+        top_k=int(top_k),
         min_p=_number(values, "min_p", 0.0, 0, 1),
         repetition_penalty=_number(values, "repetition_penalty", 1.0, 1e-6, 10),
         stated=_stated(values),
@@ -69,5 +70,12 @@ def _number(
         return default
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not lowest <= value <= highest:
-        raise CheckpointError(f"generation_config.json: {name} is {value!r}")
+        raise _refuse(name, value, f"a number in {lowest:g} … {highest:g}")
     return float(value)
+
+
+def _refuse(name: str, value: object, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"generation_config.json: {name} is {str(value)[:80]}; it must be {wanted}: correct it, or"
+        " remove it for the server's own default"
+    )

@@ -78,7 +78,6 @@ def local_config(config: ModelConfig, size: int) -> ModelConfig:
         num_kv_heads=config.num_kv_heads // size,
         intermediate_size=config.intermediate_size // size,
         vocab_size=num_ids,
-        eos_token_ids=(),
     )
 
 

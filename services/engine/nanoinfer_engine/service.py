@@ -17,7 +17,9 @@ import structlog
 from nanoinfer.v1 import engine_pb2, engine_pb2_grpc
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common.eos import eos_token_ids
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
+from nanoinfer_common.model_paths import unservable
 from nanoinfer_common.server import ServiceStatus, StartError
 from nanoinfer_common.stream_writes import StreamWriter, WriteSlots
 from nanoinfer_common.validation import (
@@ -86,11 +88,12 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     async def start(self) -> None:
         """Load the model; raises StartError where it cannot be served."""
         log.info("loading", model=str(self._settings.model))
-        if not self._settings.model.exists():
-            raise StartError(f"{self._settings.model}: no such file or directory")
+        if reason := unservable(self._settings.model):
+            raise StartError(f"{self._settings.model}: {reason}")
         try:
-            defaults, fingerprint = await asyncio.to_thread(self._read_side_files)
+            defaults, fingerprint, eos = await asyncio.to_thread(self._read_side_files)
             runner = await self._engine.start()
+            _check_eos(eos, runner.vocab_size)
         except (CheckpointError, ValueError, OSError) as error:
             raise StartError(f"{self._settings.model}: {error}") from error
         self._num_blocks = runner.num_blocks
@@ -101,7 +104,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             vocab_size=runner.vocab_size,
             num_parameters=runner.num_parameters,
             capacity=self._engine.capacity,
-            eos_token_ids=runner.model_config.eos_token_ids,
+            eos_token_ids=eos,
             defaults=defaults,
             tokenizer_fingerprint=fingerprint,
             weights_fingerprint=bytes.fromhex(runner.weights_fingerprint),
@@ -115,6 +118,12 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             kv_tokens=self._engine.capacity.kv_tokens,
             checks_tokenizer=fingerprint is not None,
         )
+        if unread := runner.model_config.unread_fields:
+            log.warning(
+                "configuration fields without effect",
+                architecture=runner.model_config.model_type,
+                fields=", ".join(unread),
+            )
 
     async def drain(self, seconds: float) -> None:
         """Finish what was admitted, at most this long."""
@@ -242,9 +251,14 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             raise errors.unavailable(names.LOADING, "the model is loading", 1.0)
         return self._model
 
-    def _read_side_files(self) -> tuple[SamplingDefaults, bytes | None]:
-        tokenizer = self._settings.tokenizer or self._settings.model
-        return read_sampling_defaults(self._settings.model), tokenizer_fingerprint(tokenizer)
+    def _read_side_files(self) -> tuple[SamplingDefaults, bytes | None, tuple[int, ...]]:
+        """Sampling defaults, the tokenizer's fingerprint and EOS."""
+        model, tokenizer = self._settings.model, self._settings.tokenizer
+        return (
+            read_sampling_defaults(model),
+            tokenizer_fingerprint(tokenizer or model),
+            eos_token_ids(model, tokenizer),
+        )
 
     def _facts(self) -> Facts:
         settings, engine = self._settings, self._engine
@@ -255,4 +269,13 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             rejections=dict(engine.rejections),
             load=engine.load,
             snapshot=engine.statistics,
+        )
+
+
+def _check_eos(token_ids: tuple[int, ...], vocab_size: int) -> None:
+    """Refuse an EOS that the model cannot produce: the files belong to different models."""
+    if token_ids and token_ids[-1] >= vocab_size:
+        raise CheckpointError(
+            f"EOS {token_ids[-1]} (of generation_config.json, config.json or the tokenizer) is"
+            f" outside the model's vocabulary of {vocab_size}"
         )

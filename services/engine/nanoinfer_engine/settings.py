@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from nanoinfer_common.config import ServiceSettings
+from nanoinfer_common.model_paths import model_name
 from pydantic import ByteSize, Field, model_validator
 
 from nanoinfer_engine.config import EngineConfig
@@ -24,7 +25,7 @@ class EngineSettings(ServiceSettings):
     )
     model: Path = Field(description="Model directory, or a .pt checkpoint.")
     model_name: str | None = Field(
-        None, min_length=1, max_length=128, description="Name that requests give; its file name."
+        None, min_length=1, max_length=128, description="Name that requests give; the directory's."
     )
     tokenizer: Path | None = Field(
         None, description="Tokenizer of a model that brings none; only its fingerprint is used."
@@ -126,7 +127,7 @@ class EngineSettings(ServiceSettings):
     @property
     def served_name(self) -> str:
         """The name that requests give."""
-        return self.model_name or self.model.resolve().stem
+        return self.model_name or model_name(self.model)
 
     def engine_config(self) -> EngineConfig:
         """What the core is built from, with what the device decides resolved."""

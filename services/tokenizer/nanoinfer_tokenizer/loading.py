@@ -6,13 +6,20 @@ names of special tokens and EOS come from the files beside it, where there are a
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoinfer_common.eos import eos_token_ids
 from nanoinfer_common.fingerprint import find_tokenizer
+from nanoinfer_common.json_files import (
+    is_lfs_pointer,
+    lfs_message,
+    read_object,
+    read_optional_object,
+)
+from nanoinfer_common.model_paths import model_name, unservable
 
 from nanoinfer_tokenizer.byte_level import (
     ByteLevelEncoding,
@@ -49,22 +56,26 @@ class LoadedTokenizer:
     template_tokens: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_tokenizer(path: Path, rank_file: RankFileOptions | None = None) -> LoadedTokenizer:
+def load_tokenizer(
+    path: Path, rank_file: RankFileOptions | None = None, model: Path | None = None
+) -> LoadedTokenizer:
     """Loads the tokenizer at `path`; `rank_file` completes a `.tiktoken` file.
 
-    Raises `TokenizerFileError` for files that are missing, damaged or of no servable kind.
+    `model` is whose configurations name EOS, too; unset, it is `path`. Raises `TokenizerFileError`
+    for files that are missing, damaged or of no servable kind.
     """
     try:
-        file = find_tokenizer(path)
+        file = find_tokenizer(path) if path.exists() else None
         if file is None:
-            raise TokenizerFileError(f"{path} holds neither tokenizer.json nor a .tiktoken file")
+            raise TokenizerFileError(_no_tokenizer(path))
         if file.suffix == ".tiktoken":
             encoding: Encoding = _load_ranks(file, rank_file or RankFileOptions())
-            return _with_neighbours(path, file, encoding, Frame())
+            return _with_neighbours(path, file, encoding, Frame(), model or path)
         if rank_file is not None:
             raise TokenizerFileError(f"{file.name} brings its own pattern and special tokens")
-        document = _read_object(file)
-        return _with_neighbours(path, file, _load_document(document), read_frame(document))
+        document = read_object(file)
+        frame = read_frame(document)
+        return _with_neighbours(path, file, _load_document(document), frame, model or path)
     except TokenizerFileError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
@@ -83,25 +94,53 @@ def _load_ranks(file: Path, options: RankFileOptions) -> Encoding:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
-        raise TokenizerFileError(f"{file.name} is not a rank file") from error
+        reason = lfs_message(file) if is_lfs_pointer(file) else f"{file.name} is not a rank file"
+        raise TokenizerFileError(reason) from error
     special_tokens = options.special_tokens
     if special_tokens is None:
         special_tokens = RANK_FILE_SPECIAL_TOKENS.get(options.pattern, ())
     return ByteLevelEncoding(spec_from_ranks(ranks, options.pattern, special_tokens))
 
 
-def _with_neighbours(path: Path, file: Path, encoding: Encoding, frame: Frame) -> LoadedTokenizer:
+def _no_tokenizer(path: Path) -> str:
+    """Why there is none at `path`, and what to do: the engine's own reason where it has one."""
+    reason = unservable(path)
+    if reason is not None:
+        return reason
+    if not path.is_dir():
+        return (
+            "the file brings no tokenizer: name one by --tokenizer (a directory, tokenizer.json or"
+            " a .tiktoken file)"
+        )
+    older = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if _has(path, name)]
+    if older:
+        return (
+            f"holds {older[0]}, but no tokenizer.json: load it with transformers' AutoTokenizer and"
+            " call save_pretrained, which writes one"
+        )
+    return (
+        "holds neither tokenizer.json nor a .tiktoken file; name a tokenizer elsewhere by"
+        " --tokenizer"
+    )
+
+
+def _has(directory: Path, name: str) -> bool:
+    return (directory / name).is_file()
+
+
+def _with_neighbours(
+    path: Path, file: Path, encoding: Encoding, frame: Frame, model: Path
+) -> LoadedTokenizer:
     """Adds what the files beside `file` say."""
     directory = file.parent
-    config = _read_object(directory / "tokenizer_config.json", optional=True)
+    config = read_optional_object(directory / "tokenizer_config.json")
     named = {name: _token_text(value) for name, value in config.items() if name.endswith("_token")}
     tokens = {name: text for name, text in named.items() if isinstance(text, str)}
-    path = path.resolve()
     return LoadedTokenizer(
-        name=path.name if path.is_dir() else path.stem,
+        name=model_name(path),
         encoding=encoding,
         frame=frame,
-        eos_token_ids=_eos_token_ids(directory, encoding, tokens.get("eos_token")),
+        eos_token_ids=eos_token_ids(model, file),
         chat_template=_chat_template(directory, config),
         template_tokens=tokens,
     )
@@ -109,19 +148,6 @@ def _with_neighbours(path: Path, file: Path, encoding: Encoding, frame: Frame) -
 
 def _token_text(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
-
-
-def _eos_token_ids(directory: Path, encoding: Encoding, eos_token: str | None) -> tuple[int, ...]:
-    """Collects EOS from the generation config (or the model's), then the tokenizer's own."""
-    for name in ("generation_config.json", "config.json"):
-        configured = _read_object(directory / name, optional=True).get("eos_token_id")
-        if configured is not None:
-            break
-    listed = configured if isinstance(configured, list) else [configured]
-    token_ids = [token_id for token_id in listed if isinstance(token_id, int)]
-    special = encoding.vocabulary.special
-    token_ids += [token_id for token_id, text in special.items() if text == eos_token]
-    return tuple(dict.fromkeys(token_ids))
 
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
@@ -135,15 +161,3 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise TokenizerFileError("tokenizer_config.json has a chat_template of unknown form")
     return template
-
-
-def _read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    if optional and not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerFileError(f"{file.name} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerFileError(f"{file.name} is not a JSON object")
-    return value

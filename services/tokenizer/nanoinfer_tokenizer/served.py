@@ -33,7 +33,7 @@ class Served:
 def load_served(settings: TokenizerSettings) -> Served:
     """Loads what `settings` name. Raises `TokenizerFileError` where that cannot be served."""
     path = settings.tokenizer_path
-    tokenizer = load_tokenizer(path, settings.rank_file)
+    tokenizer = load_tokenizer(path, settings.rank_file, settings.model)
     fingerprint = tokenizer_fingerprint(path)
     if fingerprint is None:
         raise TokenizerFileError(f"{path} has no tokenizer to fingerprint")

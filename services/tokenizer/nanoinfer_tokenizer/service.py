@@ -167,6 +167,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> AsyncIterator[pb.TokenizerServiceGetVocabularyResponse]:
         """Streams the vocabulary in runs of consecutive ids."""
         tokens, special = self._served.vocabulary.tokens, self._served.vocabulary.special
+        eos = TokenIds(ids=self._served.tokenizer.eos_token_ids)
         for first in range(0, len(tokens), _VOCABULARY_RUN):
             run = tokens[first : first + _VOCABULARY_RUN]
             yield pb.TokenizerServiceGetVocabularyResponse(
@@ -175,6 +176,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 special_token_ids=sorted(i for i in special if first <= i < first + len(run)),
                 vocab_size=len(tokens),
                 tokenizer_fingerprint=self._served.fingerprint,
+                eos_token_ids=eos,
             )
 
     async def GetTokenizerInfo(

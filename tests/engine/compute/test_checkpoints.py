@@ -174,12 +174,6 @@ def test_max_window_layers_without_layer_types(tmp_path: Path) -> None:
     assert open_checkpoint(directory).config.sliding_windows == (None, None, None)
 
 
-def test_eos_ids_of_the_generation_config_come_first(qwen3: Path) -> None:
-    assert open_checkpoint(qwen3).config.eos_token_ids == (2,)
-    (qwen3 / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
-    assert open_checkpoint(qwen3).config.eos_token_ids == (5, 6)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -207,8 +201,6 @@ def test_eos_ids_of_the_generation_config_come_first(qwen3: Path) -> None:
         ("model_type", None),
         ("quantization_config", {"bits": 4}),
         ("partial_rotary_factor", 0.5),
-        ("eos_token_id", "</s>"),
-        ("eos_token_id", 10**6),
         ("layer_types", ["full_attention"]),
         ("layer_types", ["linear_attention"] * 3),
         ("layer_types", [["full_attention"]] * 3),
@@ -386,8 +378,37 @@ def test_directories_without_one_clear_set_of_weights(qwen3: Path, tmp_path: Pat
         path.unlink()
     with pytest.raises(CheckpointError, match=r"no \.safetensors"):
         open_checkpoint(qwen3)
-    with pytest.raises(CheckpointError, match="neither a model directory"):
+    with pytest.raises(CheckpointError, match="absent: no such file or directory"):
         open_checkpoint(tmp_path / "absent")
+    (tmp_path / "model.onnx").write_text("")
+    with pytest.raises(CheckpointError, match="neither a model directory"):
+        open_checkpoint(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("config.json", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("x.gguf", "GGUF", "GGUF is not supported"),
+        ("pytorch_model.bin", "", "save_pretrained"),
+    ],
+)
+def test_weights_of_another_kind_say_what_to_do(
+    qwen3: Path, file: str, content: str, said: str
+) -> None:
+    if not file.endswith((".safetensors", ".json")):
+        (qwen3 / "model.safetensors").unlink()
+    (qwen3 / file).write_text(content)
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(qwen3)
+
+
+def test_a_byte_order_mark_in_the_configuration_changes_nothing(qwen3: Path) -> None:
+    before = open_checkpoint(qwen3).config
+    text = (qwen3 / "config.json").read_text(encoding="utf-8")
+    (qwen3 / "config.json").write_text(text, encoding="utf-8-sig")
+    assert open_checkpoint(qwen3).config == before
 
 
 class Malicious:

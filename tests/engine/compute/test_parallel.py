@@ -110,7 +110,7 @@ def test_other_sizes_that_cannot_be_shared(checkpoints: dict[str, Path]) -> None
     config = open_checkpoint(checkpoints["qwen3"]).config
     with pytest.raises(ValueError, match="intermediate_size 97"):
         local_config(replace(config, intermediate_size=97), 2)
-    many = replace(config, num_heads=12, num_kv_heads=12, vocab_size=5, eos_token_ids=())
+    many = replace(config, num_heads=12, num_kv_heads=12, vocab_size=5)
     with pytest.raises(ValueError, match="vocab_size 5 is too small"):
         local_config(replace(many, intermediate_size=96), 4)
     assert local_config(replace(config, vocab_size=257), 2).vocab_size == 129

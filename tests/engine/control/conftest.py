@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.service import EngineService, LoadRunner
 from nanoinfer_engine.settings import EngineSettings
 
-from tests.engine.fakes import FakeRunner
+from tests.engine.fakes import EOS, FakeRunner
 from tests.engine.tiny_checkpoints import make_checkpoint
 
 Message = engine_pb2.EngineServiceGenerateResponse
@@ -142,6 +143,7 @@ def start_fake(tmp_path: Path) -> StartFake:
     @asynccontextmanager
     async def start(runner: FakeRunner | None = None, **settings: Any) -> AsyncIterator[Engine]:
         used = runner or FakeRunner()
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": EOS}))
         small = {"model": tmp_path, "model_name": "fake", "block_size": used.block_size}
         small |= {"max_batch_requests": 4, "max_batch_tokens": 16, "max_waiting_requests": 8}
         async with start_engine(lambda config, progress: used, **(small | settings)) as engine:

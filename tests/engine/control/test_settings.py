@@ -43,6 +43,9 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     assert parse("--model", "a", "--tensor-parallel", "2").engine_config().tensor_parallel == 2
     assert settings.served_name == tmp_path.name
     assert parse("--model", "a/b.pt").served_name == "b"
+    (tmp_path / "Llama-3.1-8B-Instruct").mkdir()
+    whole = parse("--model", str(tmp_path / "Llama-3.1-8B-Instruct"))
+    assert whole.served_name == "Llama-3.1-8B-Instruct"
     assert parse("--model", "a", "--model-name", "x").served_name == "x"
 
 
@@ -93,6 +96,9 @@ def test_an_invalid_setting_ends_the_start(arguments: list[str]) -> None:
         ('{"do_sample": false, "temperature": 0.6}', SamplingDefaults(temperature=0.0)),
         ('{"do_sample": true, "temperature": 0.5, "top_k": 20}', SamplingDefaults(0.5, 1.0, 20)),
         ('{"top_p": 0.75, "min_p": null}', SamplingDefaults(1.0, 0.75)),
+        ('{"top_k": -1}', SamplingDefaults()),
+        ('{"top_k": 50.0}', SamplingDefaults(top_k=50)),
+        ('\ufeff{"top_k": 7}', SamplingDefaults(top_k=7)),
     ],
 )
 def test_defaults_of_a_checkpoint(tmp_path: Path, text: str, expected: SamplingDefaults) -> None:
@@ -125,6 +131,25 @@ def test_what_a_checkpoint_states_is_told_from_what_it_leaves_open(
 def test_invalid_defaults_refuse_the_checkpoint(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        read_sampling_defaults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"temperature": 2.5}', r"temperature is 2\.5; it must be a number in 0 … 2: correct it"),
+        ('{"top_p": 1.5}', r"top_p is 1\.5; it must be a number in 1e-06 … 1"),
+        ('{"top_k": -2}', "top_k is -2; it must be a number in 0"),
+        ('{"top_k": 1.5}', r"top_k is 1\.5; it must be an integer"),
+        ('{"repetition_penalty": 12}', "repetition_penalty is 12; it must be a number in 1e-06"),
+        ('{"do_sample": "no"}', "do_sample is no; it must be true or false"),
+    ],
+)
+def test_a_default_beyond_our_ranges_says_what_is_taken_and_what_to_do(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
         read_sampling_defaults(tmp_path)
 
 

@@ -107,18 +107,20 @@ class TokenizerServiceGetVocabularyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TokenizerServiceGetVocabularyResponse(_message.Message):
-    __slots__ = ("first_token_id", "tokens", "special_token_ids", "vocab_size", "tokenizer_fingerprint")
+    __slots__ = ("first_token_id", "tokens", "special_token_ids", "vocab_size", "tokenizer_fingerprint", "eos_token_ids")
     FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPECIAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     first_token_id: int
     tokens: _containers.RepeatedScalarFieldContainer[bytes]
     special_token_ids: _containers.RepeatedScalarFieldContainer[int]
     vocab_size: int
     tokenizer_fingerprint: bytes
-    def __init__(self, first_token_id: _Optional[int] = ..., tokens: _Optional[_Iterable[bytes]] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[bytes] = ...) -> None: ...
+    eos_token_ids: _generation_pb2.TokenIds
+    def __init__(self, first_token_id: _Optional[int] = ..., tokens: _Optional[_Iterable[bytes]] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[bytes] = ..., eos_token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ...) -> None: ...
 
 class TokenizerServiceGetTokenizerInfoRequest(_message.Message):
     __slots__ = ()
