@@ -56,6 +56,7 @@ class TimedRunner:
     num_parameters = 0
     num_blocks = 1 << 16
     weights_fingerprint = "00" * 32
+    number_format = "float16"
     runs_ahead = True
 
     def __init__(self, config: EngineConfig) -> None:

@@ -52,6 +52,7 @@ class FakeRunner:
     vocab_size = VOCAB_SIZE
     num_parameters = 0
     weights_fingerprint = "ab" * 32
+    number_format = "float32"
     model_config = ModelConfig(
         model_type="fake",
         topology="decoder",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from nanoinfer_engine.pipeline import Pipeline
 from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
 from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.scheduler import Scheduler
+from safetensors.torch import load_file, save_file
 
 GUIDE = Path(__file__).resolve().parents[2] / "models" / "guide"
 GREEDY = SamplingOptions(0.0, 0, 1.0, 0.0, 0)
@@ -276,6 +278,76 @@ def test_bfloat16(card: ModelRunner) -> None:
     first = [tokens[0] for tokens in generate(runner, texts, 20)]
     expected = [tokens[0] for tokens in generate(card, texts, 20)]
     assert sum(a == b for a, b in zip(first, expected, strict=True)) >= 2
+
+
+def stored_as(dtype: torch.dtype, directory: Path) -> Path:
+    """The shipped model with its weights in `dtype`; norms in float32, as some checkpoints are."""
+    tensors = load_file(GUIDE / "model.safetensors")
+    tensors = {n: t.to(dtype if t.ndim > 1 else torch.float32) for n, t in tensors.items()}
+    save_file(tensors, directory / "model.safetensors")
+    shutil.copy(GUIDE / "config.json", directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        (torch.bfloat16, "bfloat16"),
+        (torch.float16, "float16"),
+        (torch.float32, "bfloat16"),
+    ],
+)
+def test_the_dtype_follows_the_checkpoint(
+    stored: torch.dtype, computed: str, tmp_path: Path
+) -> None:
+    runner = make_runner("cuda", "auto", model_path=stored_as(stored, tmp_path))
+    assert runner.number_format == computed
+    assert runner._cache.dtype == getattr(torch, computed)
+    runner.warm_up()
+    assert len(generate(runner, prompts(3, 1), 5)) == 3
+
+
+def test_bfloat16_logits_graphs_and_seeds(tmp_path: Path) -> None:
+    """Everything that float16 is tested for above, in the format that most checkpoints have."""
+    runner = make_runner("cuda", "auto", model_path=stored_as(torch.bfloat16, tmp_path))
+    runner.warm_up()
+    (prompt,) = prompts(1, 3, longest=200)
+    with torch.inference_mode():
+        expected = transformers_model()(torch.tensor([prompt])).logits[0, -1].double()
+    error = (device_logits(runner, prompt) - expected).norm() / expected.norm()
+    assert float(error) < 4e-2
+    texts = prompts(6, 8)
+    options = SamplingOptions(0.8, 50, 0.95, 0.01, 77)
+    assert generate(runner, texts, 30, options) == generate(runner, texts, 30, options)
+    greedy = generate(runner, texts, 30)
+    assert greedy == generate(runner, texts, 30)
+    assert all(len(tokens) == 30 for tokens in greedy)
+
+
+def test_a_checkpoint_beyond_float16s_range_is_finite(tmp_path: Path) -> None:
+    """Activations of 10^6 between a gate and the linear behind it, as Qwen2 has them."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000}
+    torch.manual_seed(5)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "up_proj" in name:
+                parameter.mul_(1e6)
+            if "down_proj" in name:
+                parameter.mul_(1e-6)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    prompt = tuple(range(5, 60))
+    with torch.inference_mode():
+        expected = model.float()(torch.tensor([prompt])).logits[0, -1].double()
+    runner = make_runner("cuda", "auto", model_path=tmp_path)
+    runner.warm_up()
+    actual = device_logits(runner, prompt)
+    assert float((actual - expected).norm() / expected.norm()) < 4e-2
+    narrow = make_runner("cuda", "float16", model_path=tmp_path)
+    narrow.warm_up()
+    assert not device_logits(narrow, prompt).isfinite().all()
 
 
 def test_the_cache_is_sized_from_free_memory() -> None:

@@ -146,6 +146,7 @@ class Runner(Protocol):
     max_model_len: int
     num_parameters: int
     weights_fingerprint: str  # 32 bytes in hex
+    number_format: str  # as `EngineConfig` writes it, with `auto` decided
     model_config: ModelConfig
 
     @property

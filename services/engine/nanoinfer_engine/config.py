@@ -22,10 +22,12 @@ class EngineConfig:
     no further), `max_waiting_requests`, `max_waiting_tokens` (prompt tokens) and
     `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
     start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
-    `max_model_len` None means what the model allows. `quantization` "fp8" keeps the layers' linears
-    in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in `dtype`. With
-    `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
-    With `mixed_graphs` small steps with prompts are captured on one CUDA device, not decodes alone.
+    `max_model_len` None means what the model allows. `dtype` "auto" is the checkpoint's own on a
+    CUDA device and float32 elsewhere, see `number_formats`. `quantization` "fp8" keeps the layers'
+    linears in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in
+    `dtype`. With `tensor_parallel` above 1 so many devices share the model, and memory is what each
+    of them has. With `mixed_graphs` small steps with prompts are captured on one CUDA device, not
+    decodes alone.
     `max_messages_per_second` bounds what all streams send, besides first and last outputs.
     """
 

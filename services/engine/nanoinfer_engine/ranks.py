@@ -59,6 +59,7 @@ class ParallelRunner:
         self.max_model_len = self._runner.max_model_len
         self.num_parameters = self._runner.num_parameters
         self.weights_fingerprint = self._runner.weights_fingerprint
+        self.number_format = self._runner.number_format
         self.model_config = self._runner.model_config
         atexit.register(self.close)
 

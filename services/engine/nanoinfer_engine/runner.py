@@ -7,6 +7,7 @@ block ownership. Not thread-safe: one thread calls it.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from nanoinfer_engine.inputs import build_inputs
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for, stored_dtype
 from nanoinfer_engine.logprobs import score_prompts
 from nanoinfer_engine.models import checkpoint_layout
+from nanoinfer_engine.number_formats import DTYPES, choose_dtype
 from nanoinfer_engine.parallel import take_share
 from nanoinfer_engine.progress import Progress, report_nothing
 from nanoinfer_engine.quantization import check_device, quantizer
@@ -30,7 +32,6 @@ from nanoinfer_engine.weights import load_weights
 if TYPE_CHECKING:
     from nanoinfer_engine.device_steps import DeviceSteps
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_BACKEND = "reference"
 
 
@@ -53,11 +54,14 @@ class ModelRunner:
         """
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        self._config = config
-        dtype, device = _dtype(config.dtype), _device(config.device)
+        device = _device(config.device)
         check_device(config, device)
-        self._stored_dtype = stored_dtype(config.kv_cache_dtype, dtype)
         checkpoint = checkpoint or open_checkpoint(config.model_path)
+        name = choose_dtype(config.dtype, checkpoint, device)
+        config = self._config = replace(config, dtype=name)
+        self.number_format: str = config.number_format
+        dtype = DTYPES[name]
+        self._stored_dtype = stored_dtype(config.kv_cache_dtype, dtype)
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
         self.block_size: int = config.block_size
@@ -211,12 +215,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton, streams and events go to the one that is current
     return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -100,7 +100,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self._model = ServedModel(
             name=self._settings.served_name,
             architecture=runner.model_config.model_type,
-            dtype=self._settings.engine_config().number_format,
+            dtype=runner.number_format,
             vocab_size=runner.vocab_size,
             num_parameters=runner.num_parameters,
             capacity=self._engine.capacity,
@@ -113,6 +113,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         log.info(
             "model",
             model=self._model.name,
+            dtype=runner.number_format,
             parameters=runner.num_parameters,
             max_model_len=runner.max_model_len,
             kv_tokens=self._engine.capacity.kv_tokens,

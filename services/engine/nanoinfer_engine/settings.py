@@ -32,7 +32,9 @@ class EngineSettings(ServiceSettings):
     )
     device: str = Field("cpu", description="Device to run on: `cpu`, or `cuda` with Triton.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Number format of the computation; float16 on CUDA, else float32."
+        "auto",
+        description="Number format of the computation. On CUDA `auto` is the checkpoint's own:"
+        " float16 or bfloat16, and bfloat16 for a float32 one; on a CPU it is float32.",
     )
     quantization: Literal["none", "fp8"] = Field(
         "none",
@@ -120,6 +122,11 @@ class EngineSettings(ServiceSettings):
             raise ValueError("max_batch_requests is more than max_mixed_tokens")
         if (self.max_mixed_tokens or 0) > config.max_batch_tokens:
             raise ValueError("max_mixed_tokens is more than max_batch_tokens")
+        if self.dtype == "float16" and self.device == "cpu":
+            raise ValueError(
+                "dtype float16 is slow on a CPU: leave it at auto, which is float32 there, or take"
+                " bfloat16 to save memory"
+            )
         if self.tensor_parallel > 1 and self.device not in ("cpu", "cuda"):
             raise ValueError(f"tensor_parallel takes device cpu or cuda, not {self.device}")
         return self
@@ -132,14 +139,14 @@ class EngineSettings(ServiceSettings):
     def engine_config(self) -> EngineConfig:
         """What the core is built from, with what the device decides resolved."""
         is_cuda = self.device.startswith("cuda")
-        requests, tokens, dtype = (256, 8192, "float16") if is_cuda else (64, 512, "float32")
+        requests, tokens = (256, 8192) if is_cuda else (64, 512)
         requests = self.max_batch_requests or requests
         mixed = max(2048, requests) if is_cuda else None
         memory = None if is_cuda else 256 * 1024**2
         return EngineConfig(
             model_path=self.model,
             device=self.device,
-            dtype=dtype if self.dtype == "auto" else self.dtype,
+            dtype=self.dtype,
             num_threads=self.threads,
             kv_cache_bytes=memory if self.kv_cache_memory is None else int(self.kv_cache_memory),
             device_memory_share=self.device_memory_share,

@@ -38,7 +38,7 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     flags = "--quantization fp8 --kv-cache-dtype fp8"
     config = parse("--model", "a", *flags.split()).engine_config()
     assert (config.quantization, config.kv_cache_dtype) == ("fp8", "fp8")
-    assert config.number_format == "float32+fp8+kv_fp8"
+    assert config.number_format == "auto+fp8+kv_fp8"
     assert config.tensor_parallel == 1
     assert parse("--model", "a", "--tensor-parallel", "2").engine_config().tensor_parallel == 2
     assert settings.served_name == tmp_path.name
@@ -61,6 +61,15 @@ def test_what_streams_leave_to_prompts_follows_the_device() -> None:
     assert mixed("--device", "cuda", "--max-mixed-tokens", "8192") == 8192
 
 
+def test_float16_is_refused_on_a_cpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "a", "--dtype", "float16"]
+    assert parse(*flags, "--device", "cuda").engine_config().dtype == "float16"
+    assert parse("--model", "a", "--dtype", "bfloat16").engine_config().dtype == "bfloat16"
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert "float16 is slow on a CPU: leave it at auto" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -72,6 +81,7 @@ def test_what_streams_leave_to_prompts_follows_the_device() -> None:
         ["--model", "a", "--max-queue-seconds", "0"],
         ["--model", "a", "--max-waiting-bytes", "0"],
         ["--model", "a", "--dtype", "int3"],
+        ["--model", "a", "--dtype", "float16"],
         ["--model", "a", "--quantization", "int3"],
         ["--model", "a", "--kv-cache-dtype", "float16"],
         ["--model", "a", "--max-batch-tokens", "8", "--max-batch-requests", "9"],
