@@ -117,12 +117,27 @@ def test_a_service_that_dies_ends_the_rest(events_file: Path) -> None:
 
 
 def test_a_service_that_dies_before_it_is_ready(events_file: Path) -> None:
-    flags = {"tokenizer": ["--die-after", "0.2"], "engine": ["--ready-after", "30"]}
+    flags = {"tokenizer": ["--die-after", "0.2"], "engine": ["--ready-after", "0.5"]}
     with supervisor(flags) as process:
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert output == ""
     assert "the tokenizer ended with exit code 7" in errors
+    assert "the engine" not in errors
+    assert no_process_left(events_file)
+
+
+def test_the_engines_refusal_is_shown_before_the_tokenizers_that_came_first(
+    events_file: Path,
+) -> None:
+    flags = {"tokenizer": ["--die-after", "0.1"], "engine": ["--die-after", "1.5"]}
+    flags["engine"] += ["--ready-after", "30"]
+    with supervisor(flags) as process:
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    engine = errors.index("the engine ended with exit code 7:")
+    tokenizer = errors.index("the tokenizer ended with exit code 7:")
+    assert engine < errors.index("last words") < tokenizer
     assert no_process_left(events_file)
 
 

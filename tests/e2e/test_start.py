@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import GUIDE
+from tests.engine.tiny_checkpoints import make_checkpoint
 
 
 def start(module: str, model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +34,34 @@ def test_a_model_that_is_not_there(module: str, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "nothing" in result.stderr + result.stdout
     assert "Traceback" not in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"model/model.gguf": "GGUF"}, "GGUF is not supported: give the directory"),
+        ({"model/adapter_config.json": "{}"}, "a LoRA adapter without its base model"),
+        ({"model/config.json": "{}", "model/pytorch_model.bin": ""}, "save_pretrained(DIRECTORY)"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_by_both_services_in_the_same_words(
+    files: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for module in ("nanoinfer_engine", "nanoinfer_tokenizer"):
+        result = start(module, tmp_path / "model")
+        assert result.returncode == 1
+        assert said in result.stderr + result.stdout
+        assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_checkpoint_without_a_tokenizer_says_how_to_name_one(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("nanogpt", tmp_path)
+    result = start("nanoinfer_tokenizer", checkpoint)
+    assert result.returncode == 1
+    assert "name one by --tokenizer" in result.stderr + result.stdout
 
 
 def test_a_truncated_checkpoint(tmp_path: Path) -> None:

@@ -25,10 +25,14 @@ class EngineSettings(ServiceSettings):
     )
     model: Path = Field(description="Model directory, or a .pt checkpoint.")
     model_name: str | None = Field(
-        None, min_length=1, max_length=128, description="Name that requests give; the directory's."
+        None,
+        min_length=1,
+        max_length=128,
+        description="Name that requests give; unset: the directory's, or ORG/NAME of a snapshot in"
+        " the Hugging Face cache.",
     )
     tokenizer: Path | None = Field(
-        None, description="Tokenizer of a model that brings none; only its fingerprint is used."
+        None, description="Tokenizer of a model that brings none; its fingerprint and EOS are used."
     )
     device: str = Field("cpu", description="Device to run on: `cpu`, or `cuda` with Triton.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -3,9 +3,11 @@ transformers, far beyond windows and original context, or the checkpoint is refu
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.config import CheckpointError, ModelConfig
+from nanoinfer_engine.config import CheckpointError, ModelConfig, RopeConfig
 from nanoinfer_engine.families import FAMILIES
 from nanoinfer_engine.model_formats import read_huggingface_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -198,7 +200,8 @@ def original(kind: str, directory: Path) -> Original:
 def reference(made: Original, values: Values) -> torch.Tensor | None:
     """The logits of transformers; None where it refuses the configuration."""
     try:
-        config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+        # a copy: the class writes its defaults into the sections that it is given
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     except Exception:  # there are many ways to refuse
         return None
@@ -244,6 +247,84 @@ def compare(made: Original, wanted: list[Values]) -> tuple[int, int]:
         assert error < 1e-3, f"{changed} changes the logits by {error:.3g} standard deviations"
         num_compared += 1
     return num_compared, num_refused
+
+
+KNOWN: tuple[tuple[str, Values, Values], ...] = (
+    # kind, change, what our configuration must be; each was read wrongly or refused once
+    ("llama2", {"sliding_window": 5}, {"sliding_windows": (None,) * 3}),
+    ("llama2", {"layer_types": LAYERS[1], "sliding_window": 5}, {"sliding_windows": (None,) * 3}),
+    ("phi3", {"layer_types": LAYERS[1]}, {"sliding_windows": (40,) * 3}),
+    ("phi3", {"rms_norm_eps": ABSENT}, {"norm_eps": 1e-5}),
+    ("llama2", {"rms_norm_eps": ABSENT}, {"norm_eps": 1e-6}),
+    ("mistral", {"sliding_window": ABSENT}, {"sliding_windows": (4096,) * 3}),
+    ("mistral", {"sliding_window": None}, {"sliding_windows": (None,) * 3}),
+    ("mistral", {"attention_bias": True}, {"qkv_bias": False}),
+    ("qwen2", {"attention_bias": True}, {"qkv_bias": True, "output_bias": False}),
+    ("qwen2_window", {"layer_types": ABSENT}, {"sliding_windows": (None, 13, 13)}),
+    ("qwen2_window", {"layer_types": LAYERS[1]}, {"sliding_windows": (13, None, 13)}),
+    ("llama2", {"rope_scaling": _LINEAR}, {"rope": RopeConfig(10_000.0, "linear", 2.0)}),
+    (
+        "llama3",
+        {"original_max_position_embeddings": 32},
+        {"rope": RopeConfig(10_000.0, "llama3", 4.0, 1.0, 4.0, 32)},
+    ),
+    (
+        "llama3",
+        {"rope_parameters": _SHORT_LLAMA3, "rope_theta": 500.0},
+        {"rope": RopeConfig(500.0, "llama3", 4.0, 1.0, 4.0, 256)},
+    ),
+    ("gpt2", {"n_embd": ABSENT, "hidden_size": 64}, {"hidden_size": 64}),
+    ("gpt2", {"sliding_window": 5}, {"sliding_windows": (None,) * 3}),
+)
+
+
+@pytest.mark.parametrize(("kind", "change", "expected"), KNOWN)
+def test_what_a_family_reads_and_its_own_defaults(
+    kind: str, change: Values, expected: Values, originals: dict[str, Original]
+) -> None:
+    made = originals[kind]
+    values = kept({**made.values, **change})
+    assert compare(made, [values]) == (1, 0)
+    config = read_huggingface_config(made.directory)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("llama2", {"is_causal": False}, "is_causal is False"),
+        ("gpt2", {"is_causal": None}, "is_causal is None"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ("phi3", {"rope_scaling": _LINEAR}, "rope_type is 'linear'"),
+        ("phi3", {"rope_scaling": {"type": "su"}}, "type is 'su'"),
+        ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
+        (
+            "llama2",
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": _LINEAR},
+            "rope_scaling: rope_theta is 10000.0, but rope_parameters, which rope_scaling replaces",
+        ),
+        ("llama2", {"per_layer_config": {"0": {}}}, "per_layer_config"),
+        ("llama2", {"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ("gpt2", {"hidden_size": 32}, "n_embd says another"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(
+    kind: str, change: Values, said: str, originals: dict[str, Original]
+) -> None:
+    made = originals[kind]
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        Ours(made)({**made.values, **change})
+
+
+def test_fields_without_effect_are_listed(originals: dict[str, Original]) -> None:
+    made = originals["llama2"]
+    change = {"sliding_window": 5, "logit_scale": 0.5, "pretraining_tp": 1, "use_cache": True}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "beta_fast": 32}
+    Ours(made)({**made.values, **change, "rope_parameters": rope})
+    unread = read_huggingface_config(made.directory).unread_fields
+    assert unread == ("logit_scale", "sliding_window", "rope_parameters.beta_fast")
+    Ours(made)(made.values)
+    assert read_huggingface_config(made.directory).unread_fields == ()
 
 
 @cache

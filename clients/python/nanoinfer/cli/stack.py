@@ -33,6 +33,7 @@ from nanoinfer.cli.state import Running, published
 POLL_SECONDS = 0.05
 CHECK_SECONDS = 1.0
 STOP_SECONDS = 40.0  # longer than the services' own drain
+REFUSAL_SECONDS = 10.0  # the engine, which knows the model best, takes longest to look at it
 NUM_SHOWN_LINES = 20
 TERMINATED = 143
 SERVICES = ("gateway", "tokenizer", "engine")
@@ -121,12 +122,26 @@ class _Child:
                 if self._forward:
                     note(f"{self.name} | {self.lines[-1]}")
 
+    def look(self, directory: Path, addresses: dict[str, str]) -> None:
+        """Notes its address once it listens, and whether it is ready."""
+        port_file = directory / self.name
+        text = port_file.read_text() if port_file.exists() else ""
+        if text.endswith("\n") and not self.ready:
+            address = addresses[self.name] = _callable(text.split()[-1])
+            self.ready = health.check(address, health.READINESS, CHECK_SECONDS) == "SERVING"
+
     def check(self) -> None:
         """Raises CommandError with the last log lines where the process has ended."""
-        if (code := self.process.poll()) is not None:
-            self._reader.join(1.0)
-            tail = "".join(f"\n  {line}" for line in self.lines)
-            raise CommandError(f"the {self.name} ended with exit code {code}:{tail}")
+        if (said := self.last_words()) is not None:
+            raise CommandError(said)
+
+    def last_words(self) -> str | None:
+        """How the process has ended, with its last log lines; None while it runs."""
+        if (code := self.process.poll()) is None:
+            return None
+        self._reader.join(1.0)
+        tail = "".join(f"\n  {line}" for line in self.lines)
+        return f"the {self.name} ended with exit code {code}:{tail}"
 
     def wait(self, end: float, interrupts: Interrupts) -> None:
         """Waits for its end; kills it at `end` or at a second signal."""
@@ -212,22 +227,34 @@ class Stack:
         self._spawn("engine", directory, [*model, *threads])
         addresses: dict[str, str] = {}
         while not all(child.ready for child in self._children.values()):
-            self._tick(end, progress)
+            self._tick(end, progress, directory)
             for child in self._children.values():
-                port_file = directory / child.name
-                text = port_file.read_text() if port_file.exists() else ""
-                if text.endswith("\n") and not child.ready:
-                    address = addresses[child.name] = _callable(text.split()[-1])
-                    status = health.check(address, health.READINESS, CHECK_SECONDS)
-                    child.ready = status == "SERVING"
+                child.look(directory, addresses)
             if len(addresses) == 2 and "gateway" not in self._children:
                 upstreams = [w for name in addresses for w in (f"--{name}", addresses[name])]
                 self._spawn("gateway", directory, upstreams)
         collector = None if self._collector is None else self._collector.address
         self.running = Running(addresses["gateway"], collector, os.getpid())
 
-    def _tick(self, end: float, progress: Progress) -> None:
-        self.check()
+    def _refusals(self, directory: Path) -> str:
+        """What all services said that have ended, the engine first, for which is waited a while.
+
+        A model that is none lets the tokenizer fail at once, for a reason that misleads.
+        """
+        engine = self._children["engine"]
+        end = time.monotonic() + REFUSAL_SECONDS
+        while not engine.ready and engine.last_words() is None and time.monotonic() < end:
+            self._interrupts.check()
+            time.sleep(POLL_SECONDS)
+            engine.look(directory, {})
+        words = [child.last_words() for child in reversed(self._children.values())]
+        return "\n".join(each for each in words if each is not None)
+
+    def _tick(self, end: float, progress: Progress, directory: Path) -> None:
+        try:
+            self.check()
+        except CommandError as error:
+            raise CommandError(self._refusals(directory)) from error
         states = [f"{c.name} {'ready' if c.ready else 'loading'}" for c in self._children.values()]
         progress.say(f"starting: {', '.join(states)}")
         if time.monotonic() > end:
