@@ -77,6 +77,7 @@ async def test_a_fingerprint_that_nobody_has_is_a_mismatch() -> None:
     assert source.num_fetches == MAX_FETCHES
 
 
+@pytest.mark.matrix("R63")
 async def test_a_tokenizer_with_another_eos_is_a_mismatch_until_it_has_the_engines() -> None:
     old, new = replace(vocabulary(), eos_token_ids=frozenset({1})), frozenset({1, 2})
     source = Source(old, old, replace(old, eos_token_ids=new))

@@ -333,6 +333,7 @@ def sample(num: int, count: int) -> tuple[int, ...]:
     return tuple(sorted(random.Random(num).sample(range(num), min(count, num))))
 
 
+@pytest.mark.matrix("R79")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_changed_configurations_gives_transformers_logits_or_is_refused(
     kind: str, originals: dict[str, Original]
