@@ -77,6 +77,10 @@ def test_a_relative_path_has_the_directorys_own_name(
         ({"x.gguf": "GGUF"}, "GGUF is not supported: give the directory of the original model"),
         ({"config.json": "{}", "x.gguf": "GGUF"}, "GGUF is not supported"),
         ({"adapter_config.json": "{}", "tokenizer.json": "{}"}, "merge_and_unload"),
+        (
+            {"adapter_config.json": "{}", "config.json": "{}", "adapter_model.safetensors": ""},
+            "merge_and_unload",
+        ),
         ({"config.json": "{}", "pytorch_model.bin": ""}, "holds pytorch_model.bin, but no .safe"),
         ({"config.json": "{}", "pytorch_model-00001-of-00002.bin": ""}, "save_pretrained"),
         ({"snapshots/abc/config.json": "{}"}, "give snapshots/abc"),

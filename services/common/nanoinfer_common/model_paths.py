@@ -70,13 +70,15 @@ def _missing(path: Path) -> str:
 
 
 def _unservable_directory(path: Path) -> str | None:
-    if (path / "config.json").is_file():
-        return _without_safetensors(path)
-    if (path / "adapter_config.json").is_file():
+    weights = {each.name for each in path.glob("*.safetensors")}
+    adapter = (path / "adapter_config.json").is_file()
+    if adapter and weights <= {"adapter_model.safetensors"}:
         return (
             "a LoRA adapter without its base model: merge them (merge_and_unload and"
             " save_pretrained of the peft library) and give the merged model's directory"
         )
+    if (path / "config.json").is_file():
+        return None if weights else _without_safetensors(path)
     if any(path.glob("*.gguf")):
         return _GGUF
     if (path / "snapshots").is_dir():
@@ -88,8 +90,6 @@ def _unservable_directory(path: Path) -> str | None:
 
 
 def _without_safetensors(path: Path) -> str | None:
-    if any(path.glob("*.safetensors")):
-        return None
     weights = sorted(each.name for each in path.glob("pytorch_model*.bin"))
     if weights:
         return f"holds {weights[0]}, but no .safetensors file; {_CONVERT}"
