@@ -78,14 +78,15 @@ def test_a_process_serves_and_leaves_nothing_behind(
         (["--model", "MODEL", "--max-characters", "1000000"], 2, "max-characters"),
         (["--model", "MODEL", "--pattern", "klingon"], 2, "pattern"),
         (["--model", "MODEL", "--pattern", "qwen2"], 1, "brings its own pattern"),
-        (["--model", "/nonexistent"], 1, "no tokenizer"),
+        (["--model", "ABSENT"], 1, "no such file or directory"),
     ],
 )
 def test_what_cannot_be_served_ends_the_start(
     flags: list[str], code: int, text: str, directory_of: Callable[[str], Path]
 ) -> None:
     model = str(directory_of("gpt2"))
-    arguments = [model if flag == "MODEL" else flag for flag in flags]
+    named = {"MODEL": model, "ABSENT": f"{model}/absent"}
+    arguments = [named.get(flag, flag) for flag in flags]
     result = subprocess.run(
         command(*arguments), capture_output=True, timeout=START_SECONDS, check=False
     )
