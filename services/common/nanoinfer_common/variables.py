@@ -25,8 +25,8 @@ max_batch_texts max_characters max_pending model num_template_workers num_thread
 special_tokens template_timeout_seconds
 
 block_size device device_memory_share dtype kv_cache_dtype kv_cache_memory max_batch_requests
-max_batch_tokens max_buffered_bytes max_buffered_tokens max_messages_per_second
-max_mixed_tokens max_model_len max_queue_seconds max_waiting_bytes max_waiting_requests max_waiting_tokens
+max_batch_tokens max_buffered_bytes max_buffered_tokens max_messages_per_second max_mixed_tokens
+max_model_len max_queue_seconds max_waiting_bytes max_waiting_requests max_waiting_tokens
 mixed_graphs model_name prefix_caching quantization reader_stall_seconds tensor_parallel threads
 """
 SETTINGS: Final = frozenset(_SETTINGS.split())
