@@ -18,6 +18,7 @@ import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from nanoinfer import health
 from nanoinfer.errors import NanoInferError, from_status
 from nanoinfer.queries import Query, Result
 from nanoinfer.v1 import gateway_pb2_grpc
@@ -46,8 +47,10 @@ def package_version() -> str:
         return "unknown"
 
 
-def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple[str, str | int]]:
-    """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway.
+def _channel_options(
+    wait_for_ready: bool, max_message_bytes: int, use_proxy: bool
+) -> list[tuple[str, str | int]]:
+    """Retries, balancing, keepalive, sizes and proxy, as the contract sets them for the gateway.
 
     No healthCheckConfig: a gateway without its upstreams says NOT_SERVING, yet answers a request
     with what it lacks (NO_ENGINE); gating by health would make a wait of that answer.
@@ -63,6 +66,7 @@ def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple
         "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
     }
     return [
+        *health.proxy_options(use_proxy),
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
@@ -148,7 +152,9 @@ class ClientBase:
 
     `timeout` in seconds holds for calls that bring none; None means no deadline. Without
     `wait_for_ready` a gateway that cannot be reached is `Unavailable` at once; with it, calls wait
-    for one until their timeout. `metadata` is sent with every call.
+    for one until their timeout. `metadata` is sent with every call. The environment's `http_proxy`,
+    `https_proxy` and `grpc_proxy` are heeded with `use_proxy` alone: a gateway behind one is rare,
+    and gRPC would send loopback addresses there too.
     """
 
     _transport: ClassVar[Any]  # grpc or grpc.aio
@@ -163,11 +169,12 @@ class ClientBase:
         metadata: Mapping[str, str | bytes] | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         tracer_provider: trace.TracerProvider | None = None,
+        use_proxy: bool = False,
     ) -> None:
         if not target:
             raise ValueError("target is empty")
         self.target = target
-        arguments = _channel_options(wait_for_ready, max_message_bytes)
+        arguments = _channel_options(wait_for_ready, max_message_bytes, use_proxy)
         if credentials is None:
             self._channel = self._transport.insecure_channel(target, arguments)
         else:

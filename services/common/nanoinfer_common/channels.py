@@ -2,7 +2,8 @@
 
 Retries: UNAVAILABLE only, only before response headers, never for the engine, whose callers pick
 another replica themselves. Tracing: a CLIENT span for each call and `traceparent` in its metadata;
-calls of health, reflection and `Watch…` RPCs make no spans. Baggage does not leave.
+calls of health, reflection and `Watch…` RPCs make no spans. Baggage does not leave. No proxy of
+the environment is used.
 """
 
 import json
@@ -25,6 +26,8 @@ MAX_RECEIVE_BYTES: Final = 8 * 1024 * 1024
 KEEPALIVE_MILLISECONDS: Final = 60_000
 KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 20_000
 TOKENIZER_UNARY_SECONDS: Final = 5.0
+# gRPC would send even loopback addresses through an `http_proxy`, `https_proxy` or `grpc_proxy`.
+DIRECT: Final = (("grpc.enable_http_proxy", 0),)
 
 _TOKENIZER: Final = "nanoinfer.v1.TokenizerService"
 
@@ -36,6 +39,7 @@ def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel
     `ipv4:a:1,b:2`) that report SERVING; without it, one connection serves all calls.
     """
     options = [
+        *DIRECT,
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),

@@ -28,6 +28,10 @@ PromptArgument = Annotated[
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
 ConnectTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the gateway.")]
 Target = Annotated[str, typer.Option(help="The gateway's address.", envvar="NANOINFER_TARGET")]
+Proxy = Annotated[
+    bool,
+    typer.Option(help="Use the environment's proxy; without, none.", envvar="NANOINFER_USE_PROXY"),
+]
 _Level = Literal["debug", "info", "warning", "error"]
 _LogLevel = typer.Option(help="Show logs from here on.", envvar="NANOINFER_LOG_LEVEL")
 _LISTEN = "Where to listen; 0 is a free port."
@@ -44,13 +48,15 @@ class Gateway:
 
     target: Target = DEFAULT_TARGET
     connect_timeout: ConnectTimeout = 5.0
+    use_proxy: Proxy = False
 
     @contextmanager
     def connect(self, tracer_provider: TracerProvider | None = None) -> Iterator[Client]:
         """A client whose gateway is ready."""
         if not self.target:
             raise typer.BadParameter("--target is empty")
-        with Client(self.target, tracer_provider=tracer_provider) as client:
+        proxy = self.use_proxy
+        with Client(self.target, tracer_provider=tracer_provider, use_proxy=proxy) as client:
             with console.Progress(f"waiting for {self.target}"):
                 client.wait_until_ready(self.connect_timeout)
             yield client
