@@ -34,8 +34,9 @@ from nanoinfer_common.status import ServiceStatus
 __all__ = ["RunningServer", "Service", "ServiceStatus", "StartError", "running", "serve"]
 
 MAX_CONCURRENT_STREAMS: Final = 1000
-# Clients ping every 60 s; twice as often is still no reason to send them away.
-MIN_PING_INTERVAL_MILLISECONDS: Final = 30_000
+# Clients may ping every 10 s, with calls or without; half of it allows for pings that bunch up on
+# their way. More than two that come sooner end the connection (gRPC's own `max_ping_strikes`).
+MIN_PING_INTERVAL_MILLISECONDS: Final = 5_000
 CONNECTION_AGE_GRACE_SECONDS: Final = 3600
 # Requests on their way to a server that begins to refuse get UNAVAILABLE, which callers repeat
 # elsewhere; gRPC's own shutdown, which sends connections away, would answer CANCELLED.
@@ -119,7 +120,7 @@ async def _main(service_factory: ServiceFactory, settings: ServiceSettings) -> i
     try:
         server = _Server(service_factory, settings)
         configure_logging(server.service.name, settings.log_level, settings.log_format)
-        flush = telemetry.configure_tracing(server.service.name)
+        flush = telemetry.configure_tracing(server.service.name, use_proxy=settings.trace_proxy)
     except StartError as error:
         log.error("cannot start", error=str(error))
         return 1
@@ -271,7 +272,7 @@ def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),
+        ("grpc.keepalive_permit_without_calls", 1),
         # Without this a second process would share the port and take half the calls.
         ("grpc.so_reuseport", 0),
     ]
