@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from nanoinfer.v1 import generation_pb2 as pb
 from prometheus_client import CollectorRegistry
 
-from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common import errors, names, tasks, telemetry
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import StartError
 from nanoinfer_common.interceptors import REFUSAL_RETRY_SECONDS, RpcInterceptor
@@ -125,7 +125,7 @@ async def _main(service_factory: ServiceFactory, settings: ServiceSettings) -> i
         log.error("cannot start", error=str(error))
         return 1
     await _run(server, signals)
-    closing = asyncio.ensure_future(server.close())
+    closing = tasks.start("close the server", server.close())
     await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
     code = 0 if server.status.failure is None else 1
     interrupted = signals.second.is_set() or not server.loaded or not closing.done()
@@ -213,7 +213,7 @@ class _Server:
         await self.status.leave()
         await asyncio.sleep(settings.drain_delay_seconds)
         self.status.set_draining()
-        self._sending_away = asyncio.create_task(self._send_away())
+        self._sending_away = tasks.start("send clients away", self._send_away())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.drain_seconds):
                 await self.service.drain(settings.drain_seconds)

@@ -142,8 +142,11 @@ def configure_tracing(service_name: str, *, use_proxy: bool = False) -> Callable
 
 @functools.cache
 def product_version() -> str:
-    """Returns the installed distribution's version, read from disk once."""
-    return metadata.version("nanoinfer")
+    """Returns the installed distribution's version, read from disk once; `unknown` without one."""
+    try:
+        return metadata.version("nanoinfer")
+    except metadata.PackageNotFoundError:  # run from a folder of sources
+        return "unknown"
 
 
 def tracer() -> trace.Tracer:

@@ -113,7 +113,9 @@ class _Child:
             for line in output:
                 self.lines.append(line.rstrip("\n"))
                 if self._forward:
-                    note(f"{self.name} | {self.lines[-1]}")
+                    # a standard error that nobody takes must not fill the service's pipe
+                    with suppress(OSError, ValueError):
+                        note(f"{self.name} | {self.lines[-1]}")
 
     def check(self) -> None:
         """Raises CommandError with the last log lines where the process has ended."""
