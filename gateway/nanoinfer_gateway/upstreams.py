@@ -168,10 +168,14 @@ async def _fetch_vocabulary(stub: Any, timeout: float | None) -> Vocabulary:
     tokens: list[bytes] = []
     special: set[int] = set()
     fingerprint = b""
-    async for run in stub.GetVocabulary(request, timeout=timeout):
-        tokens.extend(run.tokens)
-        special.update(run.special_token_ids)
-        fingerprint = run.tokenizer_fingerprint
+    runs = stub.GetVocabulary(request, timeout=timeout)
+    try:
+        async for run in runs:
+            tokens.extend(run.tokens)
+            special.update(run.special_token_ids)
+            fingerprint = run.tokenizer_fingerprint
+    finally:
+        runs.cancel()  # gRPC does not, where its caller is cancelled while the request is sent
     return Vocabulary(fingerprint, tuple(tokens), frozenset(special))
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import ast
-import asyncio
-import os
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoinfer.v1 import gateway_pb2 as pb
-from nanoinfer.v1 import gateway_pb2_grpc, generation_pb2
+from nanoinfer.v1 import generation_pb2
 from nanoinfer_gateway import replicas
 
 from tests.gateway.fakes import FakeEngine, FakeTokenizer, eventually, gateway, serving
+from tests.gateway.processes import become, gateway_process
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST = pb.GatewayServiceGenerateRequest(text="hi")
@@ -104,41 +100,16 @@ async def test_a_look_up_that_fails_unexpectedly_shows_in_health(
             assert await become(running.channel, "SERVING")
 
 
-async def become(channel: grpc.aio.Channel, wanted: str) -> bool:
-    """Waits until readiness is what is wanted."""
-    stub: Any = health_pb2_grpc.HealthStub(channel)
-    async with asyncio.timeout(30):
-        while True:
-            reply = await stub.Check(health_pb2.HealthCheckRequest(service="readiness"))
-            if health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status) == wanted:
-                return True
-            await asyncio.sleep(0.02)
-
-
 async def test_a_gateway_without_an_installed_distribution_gets_ready(tmp_path: Path) -> None:
-    port_file = tmp_path / "port"
-    async with serving(FakeTokenizer()) as one, serving(FakeEngine()) as two:
-        flags = ["--tokenizer", one.address, "--engine", two.address, "--port", "0"]
-        flags += ["--metrics-port", "none", "--port-file", str(port_file)]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", WITHOUT_DISTRIBUTION, *flags),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=dict(os.environ),
-        )
-        try:
-            await eventually(lambda: port_file.exists() or process.returncode is not None, 60)
-            assert process.returncode is None
-            async with grpc.aio.insecure_channel(port_file.read_text().split()[-1]) as channel:
-                assert await become(channel, "SERVING")
-                stub: Any = gateway_pb2_grpc.GatewayServiceStub(channel)
-                info = await stub.GetServerInfo(pb.GatewayServiceGetServerInfoRequest())
-                assert info.server.version == "unknown"
-                assert (await stub.Generate(REQUEST)).choices[0].text == "Hello world"
-        finally:
-            process.terminate()
-            await process.wait()
+    program = ("-c", WITHOUT_DISTRIBUTION)
+    async with (
+        serving(FakeTokenizer()) as one,
+        serving(FakeEngine()) as two,
+        gateway_process(one.address, two.address, tmp_path, program=program) as running,
+    ):
+        info = await running.stub.GetServerInfo(pb.GatewayServiceGetServerInfoRequest())
+        assert info.server.version == "unknown"
+        assert (await running.stub.Generate(REQUEST)).choices[0].text == "Hello world"
 
 
 def test_every_task_that_is_started_has_an_owner() -> None:

@@ -359,3 +359,21 @@ async def _health(engine: Engine, name: str = "") -> int:
     async with grpc.aio.insecure_channel(engine.server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         return (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+
+@pytest.mark.matrix("R36")
+async def test_two_requests_of_one_id_at_once_are_two_requests(fake: Engine) -> None:
+    fake.runner.gate.clear()
+    prompts = ([11, 12, 13], [21, 22])
+    calls = [
+        asyncio.ensure_future(
+            fake.generate(prompt, sampling=SEED, stopping=TEN, request_id="twice")
+        )
+        for prompt in prompts
+    ]
+    await fake.until(lambda load: load.running_requests + load.waiting_requests == 2)
+    fake.runner.gate.set()
+    for prompt, answer in zip(prompts, await asyncio.gather(*calls), strict=True):
+        assert answer.tokens() == expected_tokens(prompt, 10)
+        assert answer.summary.request_id == "twice"
+    await fake.idle()
