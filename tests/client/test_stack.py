@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nanoinfer.cli import stack as stack_module
 from nanoinfer.cli import state
 from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.cli.collector import Collector
 from nanoinfer.cli.console import CommandError
-from nanoinfer.cli.stack import Interrupts, Stack
+from nanoinfer.cli.stack import Interrupts, Stack, _Child
 from nanoinfer.cli.state import Running
 
 from tests.client.fake_gateway import Behaviour, running_gateway
@@ -255,3 +256,18 @@ def test_without_a_writable_place_up_still_works(
     with state.published(Running("a", "b", 1)):
         pass
     assert "will not find this stack" in capsys.readouterr().err
+
+
+def test_a_standard_error_that_nobody_takes_does_not_hold_a_service_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(text: str) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(stack_module, "note", broken)
+    program = "for _ in range(20_000): print('more than a pipe holds')"
+    child = _Child("engine", [sys.executable, "-c", program], dict(os.environ), forward=True)
+    child.process.wait(60)
+    child._reader.join(60)
+    assert child.process.returncode == 0
+    assert child.lines[-1] == "more than a pipe holds"

@@ -229,7 +229,7 @@ async def test_a_tokenizer_that_hangs_in_one_call_is_replaced_for_it() -> None:
     async def hang(context: Any) -> None:
         await asyncio.Event().wait()
 
-    settings = {"tokenizer_timeout_seconds": 0.3}
+    settings = {"tokenizer_timeout_seconds": 1.0}
     async with stack_of([BeatingEngine()], [hanging, good], **settings) as running:
         await whole(running)
         hanging.before = hang
