@@ -1,9 +1,9 @@
 """Replicas of a service: found by look-up, followed one by one, replaced where they fall silent.
 
-Each replica has a connection of its own. What a replica reports over it is its heartbeat: a process
-that is frozen, or cut off, keeps its connections open and says nothing. A silent connection gets no
-more calls and a new one takes its place; what runs on the old one may go on there or, as long as it
-has brought nothing, move to another replica.
+Each replica has a connection of its own, and its reports over it are its heartbeat: a process that
+is frozen, or cut off, keeps its connections open and says nothing. A silent connection gets no more
+calls and a new one takes its place. Calls on the old one may go on there or, as long as they have
+brought nothing, move to another replica.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Watching:
-    """How replicas are followed: the bound of silence in seconds, and whom a change is told."""
+    """The bound of silence in seconds, and the function that is told of changes."""
 
     silence_seconds: float
     on_change: Callable[[], None]

@@ -90,7 +90,7 @@ def deadline_exceeded() -> ServiceError:
 
 
 class Tokenizer:
-    """The tokenizers as one: what one of them does not answer is asked of another."""
+    """The tokenizers as one: a call that one of them leaves unanswered goes to another."""
 
     def __init__(self, replicas: Tokenizers, timeout_seconds: float, observe: Observe) -> None:
         self._replicas = replicas
@@ -125,7 +125,7 @@ class Tokenizer:
     async def _ask(
         self, work: Callable[[Any, float | None], Awaitable[Answer]], call: Call, cap: float
     ) -> Answer:
-        """Do what is idempotent on a tokenizer, and on others where that one does not answer.
+        """Make an idempotent call to a tokenizer, and to others where that one does not answer.
 
         A tokenizer that is gone or silent is replaced, at most MAX_TOKENIZER_ATTEMPTS in all; one
         that takes longer than `cap` is replaced once, because the request may be what is slow.

@@ -100,7 +100,7 @@ class Vocabularies:
 
 
 def _log_failure(task: asyncio.Task[Vocabulary]) -> None:
-    """A failure is told to those who wait; nobody may, so it is logged, too."""
+    """Log a failed fetch: those who wait are told, but nobody may be waiting."""
     if task.cancelled() or (error := task.exception()) is None:
         return
     if isinstance(error, ServiceError):

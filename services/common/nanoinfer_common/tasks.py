@@ -1,4 +1,4 @@
-"""Background tasks that have an owner: what they raise is logged, and what must run runs again.
+"""Background tasks that have an owner: failures are logged, and tasks that must run start again.
 
 A task that nobody awaits would keep its exception to itself until the process ends.
 """
