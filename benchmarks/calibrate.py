@@ -20,6 +20,7 @@ import grpc
 from launch import Running, stack
 from load import GREEDY, Target, sender, stopping
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
+from nanoinfer_common.channels import DIRECT
 from serving import PROMPT, encode, machine
 
 CALIBRATION = Path(__file__).parent / "scale" / "calibration.json"
@@ -39,7 +40,7 @@ async def repeat(call: Callable[[], Awaitable[int]], times: int) -> int:
 
 async def gateway_costs(gateway: Running) -> tuple[float, float]:
     """CPU µs of a request with one token, and of each further message."""
-    async with grpc.aio.insecure_channel(gateway.address) as channel:
+    async with grpc.aio.insecure_channel(gateway.address, DIRECT) as channel:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
 
         async def messages(max_tokens: int) -> int:
@@ -61,7 +62,7 @@ async def gateway_costs(gateway: Running) -> tuple[float, float]:
 
 async def tokenizer_costs(tokenizer: Running) -> tuple[float, float]:
     """CPU µs of an Encode without its text, and of each byte of text."""
-    async with grpc.aio.insecure_channel(tokenizer.address) as channel:
+    async with grpc.aio.insecure_channel(tokenizer.address, DIRECT) as channel:
         stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
 
         async def one(text: str) -> int:
@@ -87,7 +88,7 @@ async def engine_steps(engine: Running, prompt: list[int]) -> tuple[dict[str, fl
     """
     steps: dict[str, float] = {}
     services = {"engine": [engine]}
-    async with grpc.aio.insecure_channel(engine.address) as channel:
+    async with grpc.aio.insecure_channel(engine.address, DIRECT) as channel:
         for streams in (1, 8, 32):
             target, times = Target("engine", [prompt], DECODE_TOKENS, services), []
             one = sender(target, [channel])

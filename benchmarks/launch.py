@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from nanoinfer_common.channels import DIRECT
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Stack:
 
 
 def _is_ready(address: str) -> bool:
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, DIRECT) as channel:
         request = health_pb2.HealthCheckRequest(service="readiness")
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2)

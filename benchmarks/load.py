@@ -27,6 +27,7 @@ from nanoinfer.v1 import (
     gateway_pb2_grpc,
     generation_pb2,
 )
+from nanoinfer_common.channels import DIRECT
 
 GREEDY = generation_pb2.SamplingParams(temperature=0)
 _SECONDS = 600
@@ -124,7 +125,7 @@ async def _run_share(
 ) -> Share:
     async with contextlib.AsyncExitStack() as channels:
         opened = [
-            await channels.enter_async_context(grpc.aio.insecure_channel(address))
+            await channels.enter_async_context(grpc.aio.insecure_channel(address, DIRECT))
             for address in (each.address for each in target.services[target.path])
         ]
         request = sender(target, opened)

@@ -40,6 +40,7 @@ import grpc
 from launch import Stack, stack
 from load import Target, measure
 from nanoinfer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from nanoinfer_common.channels import DIRECT
 from nanoinfer_engine.config import EngineConfig
 from random_text import random_text, write_ranks
 from random_weights import SHAPES
@@ -70,7 +71,7 @@ def _version(package: str) -> str:
 
 async def encode(address: str, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, DIRECT) as channel:
         stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
         requests = [tokenizer_pb2.TokenizerServiceEncodeRequest(text=text) for text in texts]
         return [list((await stub.Encode(each, timeout=60)).tokens.ids) for each in requests]

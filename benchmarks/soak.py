@@ -34,6 +34,7 @@ import grpc
 import psutil
 import structlog
 from nanoinfer.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
+from nanoinfer_common.channels import DIRECT
 from nanoinfer_common.server import ServiceStatus, running
 from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.service import EngineService
@@ -86,7 +87,7 @@ async def serving(**settings: Any) -> AsyncIterator[Server]:
     chosen = EngineSettings(**({"port": 0, "metrics_port": None, "threads": 1} | settings))
     async with (
         running(make, chosen) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
+        grpc.aio.insecure_channel(server.address, DIRECT) as channel,
     ):
         yield Server(services[0], engine_pb2_grpc.EngineServiceStub(channel))
 

@@ -1,7 +1,8 @@
 // Streams one chat answer from a gateway.
 //
-//   node chat.js [--target 127.0.0.1:50051] [--max-tokens 128] [--json] "What is a KV cache?"
+//   node chat.js [--target 127.0.0.1:50051] [--max-tokens 128] [--json] [--proxy] "What is a KV cache?"
 //
+// --proxy heeds http_proxy, https_proxy and grpc_proxy, which gRPC would use for loopback too.
 // --json prints one object at the end instead of text. The exit code is 0 on OK, else the gRPC code.
 const path = require("node:path");
 const { parseArgs } = require("node:util");
@@ -23,10 +24,13 @@ const { values, positionals } = parseArgs({
     target: { type: "string", default: "127.0.0.1:50051" },
     "max-tokens": { type: "string" },
     json: { type: "boolean", default: false },
+    proxy: { type: "boolean", default: false },
   },
 });
 
-const client = new nanoinfer.v1.GatewayService(values.target, grpc.credentials.createInsecure());
+const client = new nanoinfer.v1.GatewayService(values.target, grpc.credentials.createInsecure(), {
+  "grpc.enable_http_proxy": values.proxy ? 1 : 0,
+});
 const stopping = values["max-tokens"] ? { maxTokens: Number(values["max-tokens"]) } : {};
 const request = {
   messages: [{ role: "user", content: [{ text: positionals.join(" ") }] }],

@@ -21,22 +21,6 @@ def check(address: str) -> str:
     return address
 
 
-def balanced_target(addresses: Sequence[str]) -> str:
-    """Return one gRPC target that reaches all addresses.
-
-    One address is resolved by gRPC (`dns:///` re-resolves as replicas come and go). Several must be
-    IP addresses of one family, because gRPC has no list of names; ValueError otherwise.
-    """
-    if len(addresses) == 1:
-        address = addresses[0]
-        return address if address.startswith((*_LITERAL, "dns:")) else f"dns:///{address}"
-    literals = [_literal(address) for address in addresses]
-    family = literals[0].partition(":")[0]
-    if any(literal.partition(":")[0] != family for literal in literals):
-        raise ValueError("several tokenizer addresses must be of one IP family")
-    return f"{family}:" + ",".join(literal.removeprefix(f"{family}:") for literal in literals)
-
-
 async def resolve(addresses: Sequence[str]) -> frozenset[str]:
     """Look all addresses up and return one target a replica.
 
@@ -55,16 +39,6 @@ async def _resolve_one(address: str) -> frozenset[str]:
     families = {family for family, *_ in found}
     family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
     return frozenset(_target(entry[4][0], port) for entry in found if entry[0] == family)
-
-
-def _literal(address: str) -> str:
-    if address.startswith(_LITERAL):
-        return address
-    host, port = _split(address)
-    try:
-        return _target("127.0.0.1" if host == "localhost" else host, port)
-    except ValueError:
-        raise ValueError(f"{address!r}: several tokenizer addresses must be IP addresses") from None
 
 
 def _target(host: str | int, port: int) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -58,6 +58,14 @@ class GatewayMetrics:
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
+        self._weights = Gauge(
+            "nanoinfer_gateway_engines_serving",
+            "Engines that serve a model, by the weights' fingerprint: two of them under one name "
+            "are a rollout or a mistake.",
+            ("model", "weights"),
+            registry=registry,
+        )
+        self._seen_weights: set[tuple[str, str]] = set()
         self._upstream = Histogram(
             "nanoinfer_gateway_upstream_duration_seconds",
             "Duration of calls to upstreams.",
@@ -96,6 +104,15 @@ class GatewayMetrics:
             yield
         finally:
             self._upstream.labels(name).observe(time.perf_counter() - started)
+
+    def weights(self, served: Mapping[str, Mapping[str, int]]) -> None:
+        """Show how many engines serve each model with which weights; what is gone stays as 0."""
+        now = {(m, w[:12]): n for m, weights in served.items() for w, n in weights.items()}
+        for labels in self._seen_weights - now.keys():
+            self._weights.labels(*labels).set(0)
+        for labels, number in now.items():
+            self._weights.labels(*labels).set(number)
+        self._seen_weights |= now.keys()
 
     def rejected(self, bound: str) -> None:
         """Count a refusal by admission."""

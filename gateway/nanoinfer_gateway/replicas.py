@@ -1,48 +1,41 @@
-"""The engine replicas: found by look-up, watched for load, picked by it.
+"""The engine replicas: watched for load, picked by it.
 
-One channel a replica. A replica serves while its `WatchLoad` stream runs and reports admission that
-is not closed; a background task keeps that stream open and asks for the model at each connection.
+A replica serves while its `WatchLoad` stream runs, is not silent and reports admission that is not
+closed; the model is asked for at each connection.
 """
 
-import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import grpc
 import structlog
 from nanoinfer.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
-from nanoinfer_common import names
-from nanoinfer_common.channels import open_channel
+from nanoinfer_common import names, tasks
 from nanoinfer_common.errors import ServiceError, Violation, invalid, not_found_model, unavailable
 
-MIN_RETRY_SECONDS = 0.05
-MAX_RETRY_SECONDS = 1.0
+from nanoinfer_gateway.fleet import Connection, Fleet, Replica, Watching
+from nanoinfer_gateway.interruption import Silence
+
 PROBE_SECONDS = 5.0
 # the longest deadline that a server takes; the stream is then opened again
 WATCH_SECONDS = 3600.0
 
-_log = structlog.get_logger(__name__)
+Weights = Mapping[str, Counter[str]]
+
+log = structlog.get_logger(__name__)
 
 
-class Replica:
-    """One engine: its channel, its model, its load and what this gateway has in flight there.
+class EngineReplica(Replica):
+    """One engine: its connection, its model and its load.
 
     `model` and `load` are None until they are known; `load` is None again while it is out of reach.
     """
 
-    def __init__(self, target: str, on_change: Callable[[], None]) -> None:
-        self.target = target
+    def __init__(self, target: str, watching: Watching) -> None:
         self.model: generation_pb2.ModelInfo | None = None
         self.load: engine_pb2.EngineLoad | None = None
-        self.num_in_flight = 0
-        self.last_picked = 0
-        self._on_change = on_change
-        self._channel = open_channel(target)
-        self.stub = engine_pb2_grpc.EngineServiceStub(self._channel)
-        self._watcher = asyncio.create_task(self._watch())
-        self._idle = asyncio.Event()
-        self._idle.set()
+        super().__init__(target, watching)
 
     @property
     def serving(self) -> bool:
@@ -59,52 +52,18 @@ class Replica:
         """
         load = self.load or engine_pb2.EngineLoad()
         reported = load.running_requests + load.waiting_requests
-        amount = max(self.num_in_flight, reported) + load.waiting_requests + load.kv_cache_usage
+        in_flight = self.connection.num_in_flight
+        amount = max(in_flight, reported) + load.waiting_requests + load.kv_cache_usage
         full = load.admission_state == engine_pb2.ADMISSION_STATE_FULL
         return full, amount, self.last_picked
 
-    @contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """Count a request for as long as it is here; a removed replica waits for it."""
-        self.num_in_flight += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.num_in_flight -= 1
-            if not self.num_in_flight:
-                self._idle.set()
+    def _connected(self, connection: Connection) -> None:
+        self.stub = engine_pb2_grpc.EngineServiceStub(connection.channel)
 
-    async def retire(self) -> None:
-        """Stop watching, wait until nothing is in flight, close the channel."""
-        self._watcher.cancel()
-        await asyncio.gather(self._watcher, return_exceptions=True)
-        await self._idle.wait()
-        await self._channel.close(None)
+    def _lost(self) -> None:
+        self.load = None
 
-    async def close(self) -> None:
-        """Stop watching and close the channel with whatever is in flight."""
-        self._watcher.cancel()
-        await asyncio.gather(self._watcher, return_exceptions=True)
-        await self._channel.close(None)
-
-    async def _watch(self) -> None:
-        """Keep following; out of reach, try again within a second."""
-        delay = MIN_RETRY_SECONDS
-        while True:
-            try:
-                await self._follow()
-                delay = MIN_RETRY_SECONDS
-            except grpc.aio.AioRpcError as error:
-                if self.load is not None:
-                    _log.warning("engine_lost", target=self.target, code=error.code().name)
-                    delay = MIN_RETRY_SECONDS
-                self.load = None
-                self._on_change()
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, MAX_RETRY_SECONDS)
-
-    async def _follow(self) -> None:
+    async def _follow(self, connection: Connection, silence: Silence) -> None:
         """Follow the load until the stream ends; ask for the model when it begins.
 
         The stream's own deadline is an ordinary end. The model is asked for second, because a try
@@ -116,60 +75,44 @@ class Replica:
         )
         try:
             async for report in reports:
+                silence.heard(self._patience(report))
                 if model is None:
                     request = engine_pb2.EngineServiceGetModelInfoRequest()
                     described = await self.stub.GetModelInfo(request, timeout=PROBE_SECONDS)
                     model = self.model = _offered(described.model)
                 self.load = report.load
-                self._on_change()
+                self._changed()
         except grpc.aio.AioRpcError as error:
             if model is None or error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
         finally:
             reports.cancel()
 
+    def _patience(self, report: engine_pb2.EngineServiceWatchLoadResponse) -> float | None:
+        """The longest silence, two intervals or more; None where it reports changes alone."""
+        if not report.max_interval_ms:
+            return None
+        return max(self._watching.silence_seconds, 2 * report.max_interval_ms / 1000)
 
-class Replicas:
-    """All replicas. `resolve` returns one target each; it is asked again every `interval` seconds.
 
-    A failed look-up, or one that finds nothing, leaves the known replicas in place.
-    """
+class Replicas(Fleet[EngineReplica]):
+    """All engines, picked by model and load."""
 
     def __init__(
         self,
         resolve: Callable[[], Awaitable[Collection[str]]],
         interval: float,
+        silence_seconds: float,
         on_change: Callable[[], None],
+        report: tasks.Report,
+        on_weights: Callable[[Weights], None],
     ) -> None:
-        self._resolve = resolve
-        self._interval = interval
-        self._on_change = on_change
-        self._replicas: dict[str, Replica] = {}
-        self._retiring: dict[asyncio.Task[None], Replica] = {}
-        self._resolver: asyncio.Task[None] | None = None
-        self._num_picks = 0
+        def open_replica(target: str, changed: Callable[[], None]) -> EngineReplica:
+            return EngineReplica(target, Watching(silence_seconds, changed))
 
-    async def start(self) -> None:
-        """Look the replicas up once and keep doing so in the background."""
-        await self.refresh()
-        self._resolver = asyncio.create_task(self._refresh_forever())
-
-    async def stop(self) -> None:
-        """End the background tasks and close every channel."""
-        if self._resolver is not None:
-            self._resolver.cancel()
-            await asyncio.gather(self._resolver, return_exceptions=True)
-        replicas = [*self._replicas.values(), *self._retiring.values()]
-        retiring = list(self._retiring)
-        for task in retiring:
-            task.cancel()
-        await asyncio.gather(*retiring, return_exceptions=True)
-        await asyncio.gather(*[replica.close() for replica in replicas])
-
-    @property
-    def any_serving(self) -> bool:
-        """Whether at least one replica takes requests."""
-        return any(replica.serving for replica in self._replicas.values())
+        super().__init__(resolve, interval, open_replica, on_change, report)
+        self._on_weights = on_weights
+        self._weights: Weights = {}
 
     def models(self) -> list[generation_pb2.ModelInfo]:
         """Return what the replicas serve: one entry a name, by name; a serving replica's first."""
@@ -199,57 +142,47 @@ class Replicas:
                 return model
         raise not_found_model(name)
 
-    def pick(self, model: str, tried: Collection[Replica] = ()) -> Replica:
+    def pick(self, model: str, tried: Collection[Connection] = ()) -> EngineReplica:
         """Return the less loaded of two random serving replicas; NO_ENGINE where there is none.
 
         Reports are up to 100 ms old: many gateways that all took the least loaded replica would
         rush upon it together (Mitzenmacher, "The power of two choices", 2001).
         """
-        candidates = self._candidates(model, tried)
+        candidates = self._serving(model, tried)
         if not candidates:
             raise _no_engine()
         drawn = random.sample(candidates, min(2, len(candidates)))
-        replica = min(drawn, key=lambda candidate: candidate.rank)
-        self._num_picks += 1
-        replica.last_picked = self._num_picks
-        return replica
+        return self._picked(min(drawn, key=lambda candidate: candidate.rank))
 
-    def has_other(self, model: str, tried: Collection[Replica]) -> bool:
+    def has_other(self, model: str, tried: Collection[Connection]) -> bool:
         """Whether a serving replica is left that was not tried."""
-        return bool(self._candidates(model, tried))
+        return bool(self._serving(model, tried))
 
-    async def refresh(self) -> None:
-        """Look the replicas up now; open channels to new ones, retire those that are gone."""
-        try:
-            targets = frozenset(await self._resolve())
-        except OSError as error:
-            _log.warning("engine_lookup_failed", error=str(error))
-            return
-        if not targets:
-            return
-        for target in targets - self._replicas.keys():
-            self._replicas[target] = Replica(target, self._on_change)
-        for target in self._replicas.keys() - targets:
-            replica = self._replicas.pop(target)
-            task = asyncio.create_task(replica.retire())
-            self._retiring[task] = replica
-            task.add_done_callback(self._retiring.pop)
-        self._on_change()
-
-    def _candidates(self, model: str, tried: Collection[Replica]) -> list[Replica]:
+    def _serving(self, model: str, tried: Collection[Connection]) -> list[EngineReplica]:
         return [
             replica
-            for replica in self._replicas.values()
-            if replica.serving
-            and replica.model is not None
-            and replica.model.id == model
-            and replica not in tried
+            for replica in self._candidates(tried)
+            if replica.model is not None and replica.model.id == model
         ]
 
-    async def _refresh_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self._interval)
-            await self.refresh()
+    def _changed(self) -> None:
+        weights = self._served_weights()
+        if weights != self._weights:
+            for name, served in weights.items():
+                if len(served) > 1 and served.keys() != self._weights.get(name, Counter()).keys():
+                    log.warning("engines_differ_in_weights", model=name, replicas=dict(served))
+            self._weights = weights
+            self._on_weights(weights)
+        super()._changed()
+
+    def _served_weights(self) -> Weights:
+        """How many replicas serve each model with which weights."""
+        found: dict[str, Counter[str]] = {}
+        for replica in self._candidates(()):
+            if replica.model is not None and replica.model.weights_fingerprint:
+                fingerprint = replica.model.weights_fingerprint.hex()
+                found.setdefault(replica.model.id, Counter())[fingerprint] += 1
+        return found
 
 
 def _offered(model: generation_pb2.ModelInfo) -> generation_pb2.ModelInfo:

@@ -27,6 +27,7 @@ from nanoinfer_gateway.replicas import Replicas
 from nanoinfer_gateway.requests import RequestReader, prompt_of
 from nanoinfer_gateway.settings import GatewaySettings
 from nanoinfer_gateway.telemetry import request_attributes, result_attributes
+from nanoinfer_gateway.tokenizers import Tokenizers
 from nanoinfer_gateway.upstreams import Engines, Tokenizer
 from nanoinfer_gateway.vocabulary import Vocabularies
 
@@ -57,18 +58,29 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             ),
             self._metrics.rejected,
         )
-        target = addresses.balanced_target(settings.tokenizer)
+        self._tokenizers = Tokenizers(
+            partial(addresses.resolve, settings.tokenizer),
+            settings.resolve_seconds,
+            settings.silence_seconds,
+            lambda: self._readiness.update(),
+            partial(self._report_fault, "tokenizers"),
+        )
         self._tokenizer = Tokenizer(
-            target, settings.tokenizer_timeout_seconds, self._metrics.upstream
+            self._tokenizers, settings.tokenizer_timeout_seconds, self._metrics.upstream
         )
         self._vocabularies = Vocabularies(self._tokenizer.vocabulary)
         self._replicas = Replicas(
             partial(addresses.resolve, settings.engine),
             settings.resolve_seconds,
+            settings.silence_seconds,
             lambda: self._readiness.update(),
+            partial(self._report_fault, "engines"),
+            self._metrics.weights,
         )
         self._readiness = Readiness(
-            self._tokenizer.channel, lambda: self._replicas.any_serving, self._report_readiness
+            lambda: self._tokenizers.any_serving,
+            lambda: self._replicas.any_serving,
+            self._report_readiness,
         )
         self._upstreams = Upstreams(
             self._tokenizer,
@@ -86,7 +98,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         """Connect. Ready comes later, once upstreams serve."""
         if not self._settings.ready_without_upstreams:
             self._status.set_stalled()
-        self._readiness.start()
+        await self._tokenizers.start()
         await self._replicas.start()
 
     async def drain(self, seconds: float) -> None:
@@ -94,10 +106,9 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
 
     async def stop(self) -> None:
         """Close every channel and end every background task."""
-        await self._readiness.stop()
         await self._vocabularies.close()
         await self._replicas.stop()
-        await self._tokenizer.close()
+        await self._tokenizers.stop()
 
     def _report_readiness(self, is_ready: bool) -> None:
         if is_ready:
@@ -105,6 +116,9 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             self._status.set_serving()
         elif not self._settings.ready_without_upstreams:
             self._status.set_stalled()
+
+    def _report_fault(self, what: str, task: str, is_faulty: bool) -> None:
+        self._status.set_fault(f"{what}: {task}", is_faulty)
 
     async def Generate(
         self, request: pb.GatewayServiceGenerateRequest, context: Any

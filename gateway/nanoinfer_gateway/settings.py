@@ -1,9 +1,7 @@
 """What the gateway can be told; see `nanoinfer_common.config` for where values come from."""
 
-from typing import Self
-
 from nanoinfer_common.config import ServiceSettings
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from nanoinfer_gateway import addresses
 
@@ -18,7 +16,7 @@ class GatewaySettings(ServiceSettings):
     tokenizer: tuple[str, ...] = Field(
         ("127.0.0.1:50052",),
         min_length=1,
-        description="Tokenizer addresses: one name (re-resolved, round robin) or several IPs.",
+        description="Tokenizer addresses; names are looked up again and again, replica by replica.",
     )
     engine: tuple[str, ...] = Field(
         ("127.0.0.1:50053",),
@@ -26,10 +24,20 @@ class GatewaySettings(ServiceSettings):
         description="Engine addresses; names are looked up again and again, replica by replica.",
     )
     resolve_seconds: float = Field(
-        5.0, gt=0, description="Time between look-ups of the engines' names."
+        5.0, gt=0, description="Time between look-ups of the tokenizers' and engines' names."
+    )
+    silence_seconds: float = Field(
+        3.0,
+        gt=0,
+        description="Time without a sign of life after which a tokenizer or an engine gets no more"
+        " requests, until it reports again; larger where machines are so busy that processes get"
+        " no turn for seconds.",
     )
     tokenizer_timeout_seconds: float = Field(
-        5.0, gt=0, description="Longest that a call to the tokenizer takes."
+        5.0,
+        gt=0,
+        description="Longest that a call to a tokenizer takes; it is then tried once more, on"
+        " another one.",
     )
     max_message_bytes: int = Field(
         2 * 1024**2,
@@ -91,8 +99,3 @@ class GatewaySettings(ServiceSettings):
     @classmethod
     def _addresses_have_a_form(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(addresses.check(address) for address in value)
-
-    @model_validator(mode="after")
-    def _tokenizers_share_a_target(self) -> Self:
-        addresses.balanced_target(self.tokenizer)
-        return self

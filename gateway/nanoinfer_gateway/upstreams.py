@@ -1,14 +1,17 @@
 """The services behind the gateway, as the generation core sees them: encode and generate.
 
-Only an engine that is UNAVAILABLE before its first message is replaced by another one; a generation
-is never sent twice at the same time.
+Only an engine that is UNAVAILABLE or silent before its first message is replaced by another one,
+and its call is cancelled then; nothing that was delivered is generated again.
 """
 
+import asyncio
+import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import grpc
 import structlog
@@ -17,24 +20,28 @@ from nanoinfer.v1 import (
     engine_pb2,
     generation_pb2,
     tokenizer_pb2,
-    tokenizer_pb2_grpc,
 )
 from nanoinfer_common import names
-from nanoinfer_common.channels import open_channel
 from nanoinfer_common.errors import ServiceError, from_rpc_error, internal, unavailable
 
-from nanoinfer_gateway.replicas import Replica, Replicas
+from nanoinfer_gateway.fleet import Connection, SilentError
+from nanoinfer_gateway.replicas import EngineReplica, Replicas
+from nanoinfer_gateway.tokenizers import Tokenizers
 from nanoinfer_gateway.vocabulary import Vocabulary
 
 HOP_MARGIN_SECONDS = 0.05
 MAX_ATTEMPTS = 3
+MAX_TOKENIZER_ATTEMPTS = 4
+BACKOFF_SECONDS = 0.05
 VOCABULARY_TIMEOUT_SECONDS = 60.0
 
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 # a server that stops cancels its calls; our own cancels do not come back as errors
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 log = structlog.get_logger(__name__)
 
+Answer = TypeVar("Answer")
 Observe = Callable[[str], AbstractContextManager[None]]
 
 
@@ -86,67 +93,94 @@ def deadline_exceeded() -> ServiceError:
 
 
 class Tokenizer:
-    """The tokenizer replicas behind one round-robin channel, whose service config retries."""
+    """The tokenizers as one: a call that one of them leaves unanswered goes to another."""
 
-    def __init__(self, target: str, timeout_seconds: float, observe: Observe) -> None:
-        self.channel = open_channel(target, round_robin=True)
-        self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
+    def __init__(self, replicas: Tokenizers, timeout_seconds: float, observe: Observe) -> None:
+        self._replicas = replicas
         self._timeout_seconds = timeout_seconds
         self._observe = observe
 
     async def encode(self, text: str, call: Call) -> EncodedPrompt:
         """Return a text's ids. Raises what the tokenizer raises, or TOKENIZER_UNAVAILABLE."""
         request = tokenizer_pb2.TokenizerServiceEncodeRequest(text=text)
-        return await self._encoded(self._stub.Encode, request, call)
+        return await self._encoded("Encode", request, call)
 
     async def render_chat(
         self, messages: Iterable[tokenizer_pb2.ChatMessage], call: Call
     ) -> EncodedPrompt:
         """Return a conversation's ids, as the chat template renders it; raises like `encode`."""
         request = tokenizer_pb2.TokenizerServiceRenderChatRequest(messages=messages)
-        return await self._encoded(self._stub.RenderChat, request, call)
+        return await self._encoded("RenderChat", request, call)
 
     async def vocabulary(self) -> Vocabulary:
         """Fetch the whole vocabulary."""
-        request = tokenizer_pb2.TokenizerServiceGetVocabularyRequest()
-        tokens: list[bytes] = []
-        special: set[int] = set()
-        fingerprint, eos = b"", None
-        with self._errors(Call()):
-            async for run in self._stub.GetVocabulary(request, timeout=VOCABULARY_TIMEOUT_SECONDS):
-                tokens.extend(run.tokens)
-                special.update(run.special_token_ids)
-                fingerprint = run.tokenizer_fingerprint
-                eos = frozenset(run.eos_token_ids.ids) if run.HasField("eos_token_ids") else None
-        return Vocabulary(fingerprint, tuple(tokens), frozenset(special), eos)
+        return await self._ask(_fetch_vocabulary, Call(), VOCABULARY_TIMEOUT_SECONDS)
 
-    async def _encoded(self, method: Any, request: Message, call: Call) -> EncodedPrompt:
+    async def _encoded(self, method: str, request: Message, call: Call) -> EncodedPrompt:
+        async def encode(stub: Any, timeout: float | None) -> Any:
+            return await getattr(stub, method)(request, timeout=timeout, metadata=call.metadata)
+
         started = time.perf_counter_ns()
-        timeout = call.timeout(self._timeout_seconds)
-        with self._errors(call):
-            response = await method(request, timeout=timeout, metadata=call.metadata)
+        response = await self._ask(encode, call, self._timeout_seconds)
         elapsed = time.perf_counter_ns() - started
         return EncodedPrompt(response.tokens, response.tokenizer_fingerprint, elapsed)
 
-    async def close(self) -> None:
-        """Close the channel and what is under way on it."""
-        await self.channel.close(None)
+    async def _ask(
+        self, work: Callable[[Any, float | None], Awaitable[Answer]], call: Call, cap: float
+    ) -> Answer:
+        """Make an idempotent call to a tokenizer, and to others where that one does not answer.
 
-    @contextmanager
-    def _errors(self, call: Call) -> Iterator[None]:
-        """Time the call and say TOKENIZER_UNAVAILABLE where none answers, or none in time."""
-        try:
-            with self._observe("tokenizer"):
-                yield
-        except grpc.aio.AioRpcError as error:
-            code = error.code()
-            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                call.timeout()  # the caller's own deadline is over, unless only the cap was reached
-            elif code not in _GONE:
-                raise _own_refusal(error) from error
-            raise unavailable(
-                names.TOKENIZER_UNAVAILABLE, "no tokenizer answers", retry_after=1.0
-            ) from error
+        A tokenizer that is gone or silent is replaced, at most MAX_TOKENIZER_ATTEMPTS in all; one
+        that takes longer than `cap` is replaced once, because the request may be what is slow.
+        """
+        tried: set[Connection] = set()
+        last: Exception | None = None
+        num_timeouts = 0
+        for attempt in range(MAX_TOKENIZER_ATTEMPTS):
+            replica = self._replicas.pick(tried)
+            connection = replica.connection
+            if connection in tried:
+                await asyncio.sleep(random.uniform(0.5, 1) * BACKOFF_SECONDS * 2**attempt)
+            tried.add(connection)
+            timeout = call.timeout(cap)
+            has_other = partial(self._replicas.has_other, tried)
+            try:
+                with (
+                    self._observe("tokenizer"),
+                    connection.in_flight(),
+                    self._replicas.movable(connection, has_other),
+                ):
+                    return await work(replica.stub, timeout)
+            except SilentError as error:
+                last = error
+            except grpc.aio.AioRpcError as error:
+                last, code = error, error.code()
+                if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    call.timeout()  # raises where the caller's own deadline is over
+                    num_timeouts += 1
+                    if num_timeouts > 1 or not has_other():
+                        break
+                elif code not in _GONE:
+                    raise _own_refusal(error) from error
+        message = "no tokenizer answers"
+        raise unavailable(names.TOKENIZER_UNAVAILABLE, message, retry_after=1.0) from last
+
+
+async def _fetch_vocabulary(stub: Any, timeout: float | None) -> Vocabulary:
+    request = tokenizer_pb2.TokenizerServiceGetVocabularyRequest()
+    tokens: list[bytes] = []
+    special: set[int] = set()
+    fingerprint, eos = b"", None
+    runs = stub.GetVocabulary(request, timeout=timeout)
+    try:
+        async for run in runs:
+            tokens.extend(run.tokens)
+            special.update(run.special_token_ids)
+            fingerprint = run.tokenizer_fingerprint
+            eos = frozenset(run.eos_token_ids.ids) if run.HasField("eos_token_ids") else None
+    finally:
+        runs.cancel()  # gRPC does not, where its caller is cancelled while the request is sent
+    return Vocabulary(fingerprint, tuple(tokens), frozenset(special), eos)
 
 
 class Engines:
@@ -164,35 +198,48 @@ class Engines:
         Raises NO_ENGINE where none serves, ENGINE_LOST where the last one tried goes away, and what
         the engine itself refuses with.
         """
-        tried: set[Replica] = set()
+        tried: set[Connection] = set()
+
+        def has_other() -> bool:
+            return len(tried) < MAX_ATTEMPTS and self._replicas.has_other(model, tried)
+
         while True:
             replica = self._replicas.pick(model, tried)
-            tried.add(replica)
+            tried.add(replica.connection)
             num_messages = 0
             try:
-                async with aclosing(self._stream(replica, request, call)) as messages:
+                stream = self._stream(replica, request, call, has_other)
+                async with aclosing(stream) as messages:
                     async for message in messages:
                         num_messages += 1
                         yield message
                 return
+            except SilentError:
+                continue  # before the first message, and there is another
             except grpc.aio.AioRpcError as error:
                 code = error.code()
                 if code is grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise deadline_exceeded() from error
                 retryable = code is grpc.StatusCode.UNAVAILABLE and num_messages == 0
-                others = len(tried) < MAX_ATTEMPTS and self._replicas.has_other(model, tried)
-                if not (retryable and others):
+                if not (retryable and has_other()):
                     raise _engine_error(error) from error
 
     async def _stream(
-        self, replica: Replica, request: engine_pb2.EngineServiceGenerateRequest, call: Call
+        self,
+        replica: EngineReplica,
+        request: engine_pb2.EngineServiceGenerateRequest,
+        call: Call,
+        has_other: Callable[[], bool],
     ) -> AsyncGenerator[engine_pb2.EngineServiceGenerateResponse, None]:
-        timeout = call.timeout()
-        with replica.in_flight(), self._observe("engine"):
-            rpc = replica.stub.Generate(request, timeout=timeout, metadata=call.metadata)
+        timeout, connection = call.timeout(), replica.connection
+        with connection.in_flight(), self._observe("engine"):
+            rpc: Any = replica.stub.Generate(request, timeout=timeout, metadata=call.metadata)
             try:
-                async for message in rpc:
+                with self._replicas.movable(connection, has_other):
+                    message = await rpc.read()
+                while message is not _EOF:
                     yield message
+                    message = await rpc.read()
             finally:
                 rpc.cancel()
 

@@ -8,11 +8,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import structlog
 from nanoinfer_common import names
-from nanoinfer_common.errors import precondition
+from nanoinfer_common.errors import ServiceError, precondition
 
 MAX_FETCHES = 4  # several tokenizers of different fingerprints may answer during a rolling update
 MAX_KEPT = 4
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ class Vocabularies:
     def _fetch_in_background(self) -> asyncio.Task[Vocabulary]:
         if self._fetching is None or self._fetching.done():
             self._fetching = asyncio.create_task(self._fetch_and_keep())
-            # a failure is told to those who wait, and to nobody where nobody does
-            self._fetching.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._fetching.add_done_callback(_log_failure)
         return self._fetching
 
     async def _fetch_and_keep(self) -> Vocabulary:
@@ -119,3 +121,13 @@ class Vocabularies:
 
 def _listed(token_ids: frozenset[int] | None) -> str:
     return ", ".join(map(str, sorted(token_ids or ())))
+
+
+def _log_failure(task: asyncio.Task[Vocabulary]) -> None:
+    """Log a failed fetch: those who wait are told, but nobody may be waiting."""
+    if task.cancelled() or (error := task.exception()) is None:
+        return
+    if isinstance(error, ServiceError):
+        log.warning("vocabulary_not_fetched", reason=error.reason)
+    else:
+        log.error("vocabulary_not_fetched", exc_info=error)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nanoinfer.cli import stack as stack_module
 from nanoinfer.cli import state
 from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.cli.collector import Collector
 from nanoinfer.cli.console import CommandError
-from nanoinfer.cli.stack import Interrupts, Stack, _callable, _wanted
+from nanoinfer.cli.stack import Interrupts, Stack, _callable, _Child, _wanted
 from nanoinfer.cli.state import Running
 
 from tests.client.fake_gateway import Behaviour, running_gateway
@@ -425,3 +426,18 @@ def test_settings_of_the_services_hold_unless_up_has_a_flag_for_them(
         assert "NANOINFER_ENGINE" not in event["environment"]
         assert "NANOINFER_HOST" not in event["environment"]
     assert "not used here: NANOINFER_ENGINE" in capsys.readouterr().err
+
+
+def test_a_standard_error_that_nobody_takes_does_not_hold_a_service_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(text: str) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(stack_module, "note", broken)
+    program = "for _ in range(20_000): print('more than a pipe holds')"
+    child = _Child("engine", [sys.executable, "-c", program], dict(os.environ), forward=True)
+    child.process.wait(60)
+    child._reader.join(60)
+    assert child.process.returncode == 0
+    assert child.lines[-1] == "more than a pipe holds"

@@ -13,6 +13,7 @@ from nanoinfer.v1 import gateway_pb2_grpc
 
 from tests.e2e.stack import Stack
 from tests.e2e.test_generation import chat_text
+from tests.proxies import counting_proxy
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = Path(sys.executable).parent / "node"
@@ -51,3 +52,14 @@ def test_node_sees_the_status(stack: Stack) -> None:
     result = chat("--target", stack.gateway.address, "--max-tokens", "0", "question")
     assert result.returncode == 3
     assert "INVALID_ARGUMENT" in result.stderr
+
+
+def test_node_uses_a_proxy_only_where_it_is_told_to(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--target", stack.gateway.address, "--max-tokens", "2", "question")
+    with counting_proxy(monkeypatch) as proxy:
+        assert chat(*arguments).returncode == 0
+        assert proxy.requests == []
+        chat("--proxy", *arguments)
+        assert proxy.requests

@@ -35,27 +35,9 @@ def test_addresses_come_as_lists() -> None:
     assert settings.tokenizer == ("127.0.0.1:5", "127.0.0.2:6")
 
 
-def test_several_names_of_tokenizers_are_refused_at_start() -> None:
-    with pytest.raises(SystemExit) as raised:
-        parse_settings(GatewaySettings, ["--tokenizer", "a:1,b:2"], "gateway")
-    assert raised.value.code == 2
-
-
-@pytest.mark.parametrize(
-    ("given", "target"),
-    [
-        (["tokenizer:5"], "dns:///tokenizer:5"),
-        (["dns:///tokenizer:5"], "dns:///tokenizer:5"),
-        (["unix:/run/t"], "unix:/run/t"),
-        (
-            ["localhost:1", "10.0.0.2:3", "ipv4:10.0.0.9:8"],
-            "ipv4:127.0.0.1:1,10.0.0.2:3,10.0.0.9:8",
-        ),
-        (["[::1]:1", "ipv6:[fe80::2]:3"], "ipv6:[::1]:1,[fe80::2]:3"),
-    ],
-)
-def test_one_target_reaches_all_tokenizers(given: list[str], target: str) -> None:
-    assert addresses.balanced_target(given) == target
+def test_several_names_of_tokenizers_are_taken() -> None:
+    settings = parse_settings(GatewaySettings, ["--tokenizer", "a:1,dns:///b:2"], "gateway")
+    assert settings.tokenizer == ("a:1", "dns:///b:2")
 
 
 async def test_engines_resolve_to_one_target_a_replica() -> None:

@@ -14,7 +14,8 @@ import pytest
 from nanoinfer.v1 import engine_pb2, generation_pb2
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer_common.errors import ServiceError, unavailable
-from nanoinfer_gateway.replicas import Replica, Replicas
+from nanoinfer_gateway.fleet import Connection
+from nanoinfer_gateway.replicas import Replicas
 
 from tests.gateway.fakes import (
     TOKENS,
@@ -36,8 +37,12 @@ REQUEST = pb.GatewayServiceGenerateRequest(text="hi")
 STREAM = pb.GatewayServiceGenerateStreamRequest(text="hi")
 
 
-def ignore_change() -> None:
+def ignore(*_: object) -> None:
     """Stands for a gateway that is not interested."""
+
+
+def watch(resolve: Any, interval: float, silence: float = 3.0) -> Replicas:
+    return Replicas(resolve, interval, silence, ignore, ignore, ignore)
 
 
 @asynccontextmanager
@@ -55,16 +60,16 @@ async def replicas_of(
         async def resolve() -> Collection[str]:
             return found
 
-        replicas = Replicas(resolve, 0.02, ignore_change)
+        replicas = watch(resolve, 0.02)
         await replicas.start()
         stack.push_async_callback(replicas.stop)
         yield replicas, by_target, found
 
 
 def num_candidates(replicas: Replicas) -> int:
-    tried: set[Replica] = set()
+    tried: set[Connection] = set()
     while replicas.has_other("fake", tried):
-        tried.add(replicas.pick("fake", tried))
+        tried.add(replicas.pick("fake", tried).connection)
     return len(tried)
 
 
@@ -141,7 +146,7 @@ async def test_a_failed_or_empty_look_up_changes_nothing() -> None:
             raise result
         return result
 
-    replicas = Replicas(resolve, 60, ignore_change)
+    replicas = watch(resolve, 60)
     await replicas.start()
     await replicas.refresh()
     await replicas.refresh()
@@ -156,7 +161,7 @@ async def test_a_restarted_engine_is_asked_for_its_model_again() -> None:
         async def resolve() -> Collection[str]:
             return [server.address]
 
-        replicas = Replicas(resolve, 60, ignore_change)
+        replicas = watch(resolve, 60)
         await replicas.start()
         await eventually(lambda: replicas.any_serving)
         await server.kill()

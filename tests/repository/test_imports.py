@@ -43,7 +43,7 @@ ALLOWED = {
         "tqdm",
         *SERVICE,
     },
-    "gateway/nanoinfer_gateway": {"nanoinfer_gateway", *SERVICE},
+    "gateway/nanoinfer_gateway": {"nanoinfer_gateway", "grpc_health", *SERVICE},
 }
 TORCH_FREE = {"scheduler", "waiting", "plan", "rows", "block_tables", "blocks", "batch"}
 TORCH_FREE |= {"request", "config", "families", "model_formats"}

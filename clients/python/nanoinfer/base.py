@@ -19,6 +19,7 @@ import grpc
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from nanoinfer import health
 from nanoinfer.errors import NanoInferError, from_status
 from nanoinfer.queries import Query, Result
 from nanoinfer.targets import check_target
@@ -53,8 +54,10 @@ def package_version() -> str:
         return "unknown"
 
 
-def _channel_options(connect_timeout: float, max_message_bytes: int) -> list[tuple[str, str | int]]:
-    """Retries, balancing, keepalive and sizes, as the contract sets them for the gateway.
+def _channel_options(
+    connect_timeout: float, max_message_bytes: int, use_proxy: bool
+) -> list[tuple[str, str | int]]:
+    """Retries, balancing, keepalive, sizes and proxy, as the contract sets them for the gateway.
 
     Connecting is tried again every second, so that a gateway that starts late is found in time; an
     attempt gets as long as the caller waits.
@@ -72,6 +75,7 @@ def _channel_options(connect_timeout: float, max_message_bytes: int) -> list[tup
         "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
     }
     return [
+        *health.proxy_options(use_proxy),
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
@@ -191,6 +195,8 @@ class ClientBase:
     `timeout` in seconds holds for calls that bring none; None means no deadline. A gateway that
     cannot be reached is waited for up to `connect_timeout` seconds of a call, then the call is
     `Unavailable`; without `wait_for_ready` it is so at once. `metadata` is sent with every call.
+    The environment's `http_proxy`, `https_proxy` and `grpc_proxy` are heeded with `use_proxy`
+    alone: a gateway behind one is rare, and gRPC would send loopback addresses there too.
     """
 
     _transport: ClassVar[Any]  # grpc or grpc.aio
@@ -206,12 +212,13 @@ class ClientBase:
         metadata: Mapping[str, str | bytes] | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         tracer_provider: trace.TracerProvider | None = None,
+        use_proxy: bool = False,
     ) -> None:
         check_target(target)
         if not 0 < connect_timeout < math.inf:
             raise ValueError(f"connect_timeout is a number of seconds, not {connect_timeout!r}")
         self.target = target
-        arguments = _channel_options(connect_timeout, max_message_bytes)
+        arguments = _channel_options(connect_timeout, max_message_bytes, use_proxy)
         if credentials is None:
             self._channel = self._transport.insecure_channel(target, arguments)
         else:

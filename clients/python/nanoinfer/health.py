@@ -21,14 +21,19 @@ STATUSES = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
 ANSWERED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND)
 
 
+def proxy_options(use_proxy: bool) -> list[tuple[str, int]]:
+    """Channel options that say whether the environment's proxy is used, for loopback too."""
+    return [("grpc.enable_http_proxy", int(use_proxy))]
+
+
 def method(channel: Any) -> Any:
     """The call that takes a health name and returns the name of its status, of either transport."""
     return channel.unary_unary(CHECK, _serialize, _deserialize)
 
 
-def check(target: str, service: str, timeout: float) -> str:
+def check(target: str, service: str, timeout: float, *, use_proxy: bool = False) -> str:
     """The status of a health name at `target`, or the name of the gRPC code that came instead."""
-    with grpc.insecure_channel(target) as channel:
+    with grpc.insecure_channel(target, proxy_options(use_proxy)) as channel:
         try:
             return str(method(channel)(service, timeout=timeout))
         except grpc.RpcError as error:

@@ -1,12 +1,12 @@
 """Channels to the services, set up as the contract says.
 
-Retries: UNAVAILABLE only, only before response headers, never for the engine, whose callers pick
-another replica themselves. Tracing: a CLIENT span for each call and `traceparent` in its metadata;
-calls of health, reflection and `Watch…` RPCs make no spans. Baggage does not leave.
+No retries but gRPC's transparent ones: callers pick another replica themselves. Tracing: a CLIENT
+span for each call and `traceparent` in its metadata;
+calls of health, reflection and `Watch…` RPCs make no spans. Baggage does not leave. No proxy of
+the environment is used.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -25,17 +25,16 @@ MAX_RECEIVE_BYTES: Final = 8 * 1024 * 1024
 KEEPALIVE_MILLISECONDS: Final = 60_000
 KEEPALIVE_TIMEOUT_MILLISECONDS: Final = 20_000
 TOKENIZER_UNARY_SECONDS: Final = 5.0
+# gRPC would send even loopback addresses through an `http_proxy`, `https_proxy` or `grpc_proxy`.
+DIRECT: Final = (("grpc.enable_http_proxy", 0),)
 
 _TOKENIZER: Final = "nanoinfer.v1.TokenizerService"
 
 
-def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel:
-    """Opens a plaintext aio channel; the caller closes it.
-
-    With `round_robin`, calls spread over all addresses behind `address` (`dns:///host:port`,
-    `ipv4:a:1,b:2`) that report SERVING; without it, one connection serves all calls.
-    """
+def open_channel(address: str, more_options: Iterable[tuple[str, int]] = ()) -> grpc.aio.Channel:
+    """Opens a plaintext aio channel; the caller closes it."""
     options = [
+        *DIRECT,
         ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
         ("grpc.max_send_message_length", -1),
         # What nobody reads stays with its sender: gRPC would widen a stream's window to megabytes.
@@ -47,30 +46,11 @@ def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 5000),
-        ("grpc.service_config", json.dumps(service_config(round_robin))),
+        *more_options,
     ]
     kinds = (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)
     interceptors = [cast(grpc.aio.ClientInterceptor, kind(address)) for kind in kinds]
     return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
-
-
-def service_config(round_robin: bool = False) -> dict[str, Any]:
-    """Returns the gRPC service config: retries, load balancing, health checks."""
-    retries = {
-        "maxAttempts": 4,
-        "initialBackoff": "0.05s",
-        "maxBackoff": "1s",
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    }
-    config: dict[str, Any] = {
-        "methodConfig": [{"name": [{"service": _TOKENIZER}], "retryPolicy": retries}],
-        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
-    }
-    if round_robin:
-        config["loadBalancingConfig"] = [{"round_robin": {}}]
-        config["healthCheckConfig"] = {"serviceName": ""}
-    return config
 
 
 class _Tracing:
@@ -119,7 +99,7 @@ class _StreamStream(_Tracing, grpc.aio.StreamStreamClientInterceptor):  # type: 
 
 
 def _bounded(details: Details) -> Details:
-    """Bounds tokenizer calls to 5 s, retries included.
+    """Bounds tokenizer calls to 5 s.
 
     Not by the service config's `timeout`, which ends calls up to 2 s too early (grpc#34547,
     grpc#40633: "2s" fired after 0.24 s) and which servers do not get to see.

@@ -79,6 +79,12 @@ class ServiceSettings(BaseSettings):
     trust_incoming_trace: bool = Field(
         False, description="Continue callers' traces, not link them."
     )
+    trace_proxy: bool = Field(
+        False,
+        description="Send spans to the collector through the environment's http_proxy or "
+        "grpc_proxy; for collectors that are reached in no other way. Calls between services "
+        "never use one.",
+    )
     metrics_prefix: str = Field(
         "vllm:", pattern=r"^[a-zA-Z_:]*$", description="Prefix of the engine metrics' names."
     )

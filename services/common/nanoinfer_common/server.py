@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from nanoinfer.v1 import generation_pb2 as pb
 from prometheus_client import CollectorRegistry
 
-from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common import errors, names, tasks, telemetry
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.errors import StartError
 from nanoinfer_common.interceptors import REFUSAL_RETRY_SECONDS, RpcInterceptor
@@ -43,8 +43,9 @@ from nanoinfer_common.variables import unknown_variables
 __all__ = ["RunningServer", "Service", "ServiceStatus", "StartError", "running", "serve"]
 
 MAX_CONCURRENT_STREAMS: Final = 1000
-# Clients ping every 60 s; twice as often is still no reason to send them away.
-MIN_PING_INTERVAL_MILLISECONDS: Final = 30_000
+# Clients may ping every 10 s, with calls or without; half of it allows for pings that bunch up on
+# their way. More than two that come sooner end the connection (gRPC's own `max_ping_strikes`).
+MIN_PING_INTERVAL_MILLISECONDS: Final = 5_000
 CONNECTION_AGE_GRACE_SECONDS: Final = 3600
 # Requests on their way to a server that begins to refuse get UNAVAILABLE, which callers repeat
 # elsewhere; gRPC's own shutdown, which sends connections away, would answer CANCELLED.
@@ -132,12 +133,12 @@ async def _main(service_factory: ServiceFactory, settings: ServiceSettings) -> i
         configure_logging(server.service.name, settings.log_level, settings.log_format)
         for description in unknown_variables(os.environ):
             log.warning("unknown variable", variable=description)
-        flush = telemetry.configure_tracing(server.service.name)
+        flush = telemetry.configure_tracing(server.service.name, use_proxy=settings.trace_proxy)
     except StartError as error:
         log.error("cannot start", error=str(error))
         return 1
     await _run(server, signals)
-    closing = asyncio.ensure_future(server.close())
+    closing = tasks.start("close the server", server.close())
     await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
     code = 0 if server.status.failure is None else 1
     interrupted = signals.second.is_set() or not server.loaded or not closing.done()
@@ -226,7 +227,7 @@ class _Server:
         await self.status.leave()
         await asyncio.sleep(settings.drain_delay_seconds)
         self.status.set_draining()
-        self._sending_away = asyncio.create_task(self._send_away())
+        self._sending_away = tasks.start("send clients away", self._send_away())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(settings.drain_seconds):
                 await self.service.drain(settings.drain_seconds)
@@ -304,7 +305,7 @@ def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
         ("grpc.http2.bdp_probe", 0),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MILLISECONDS),
+        ("grpc.keepalive_permit_without_calls", 1),
         # Without this a second process would share the port and take half the calls.
         ("grpc.so_reuseport", 0),
     ]

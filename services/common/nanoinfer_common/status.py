@@ -13,7 +13,7 @@ import structlog
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from nanoinfer.v1 import generation_pb2 as pb
 
-from nanoinfer_common import names
+from nanoinfer_common import names, tasks
 from nanoinfer_common.errors import StartError
 from nanoinfer_common.telemetry import product_version
 
@@ -31,12 +31,12 @@ class ServiceStatus:
         self.failure: BaseException | None = None
         self._state = pb.SERVER_STATE_LOADING
         self._leaving = False
+        self._faults: frozenset[str] = frozenset()
         self._service = ""
         self._full_name = ""
         self._health: Any = None  # the aio servicer of grpc.health.v1, which has no types
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listening_since = time.monotonic_ns()
-        self._publishing: set[asyncio.Task[None]] = set()
 
     @property
     def state(self) -> pb.ServerState:
@@ -70,6 +70,13 @@ class ServiceStatus:
         """No progress for too long; `set_serving` ends it."""
         self._change(pb.SERVER_STATE_STALLED)
 
+    def set_fault(self, name: str, is_faulty: bool) -> None:
+        """Health says NOT_SERVING while any background task is faulty; requests are still taken."""
+        before = self._faults
+        self._faults = before | {name} if is_faulty else before - {name}
+        if self._faults != before:
+            self._call_soon(self._start_publishing)
+
     def fail(self, error: BaseException) -> None:
         """Marks a fatal error: NOT_SERVING at once, then the process ends with exit code 1."""
         if self.failure is not None:
@@ -97,7 +104,8 @@ class ServiceStatus:
 
     async def publish(self) -> None:
         """Brings the health names up to the present state."""
-        serving = self._state == pb.SERVER_STATE_SERVING and not self._leaving
+        is_well = not self._leaving and not self._faults
+        serving = self._state == pb.SERVER_STATE_SERVING and is_well
         value = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         for name in ("", self._full_name, names.READINESS):
             await self._health.set(name, value)
@@ -114,6 +122,4 @@ class ServiceStatus:
             self._loop.call_soon_threadsafe(callback)
 
     def _start_publishing(self) -> None:
-        task = asyncio.ensure_future(self.publish())
-        self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
+        tasks.start("publish health", self.publish())

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from importlib import metadata
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import structlog
 from opentelemetry import trace
@@ -109,9 +109,10 @@ def _export_interval() -> float:
         raise StartError(f"OTEL_BSP_SCHEDULE_DELAY: {text!r} is no number") from error
 
 
-def configure_tracing(service_name: str) -> Callable[[], None]:
+def configure_tracing(service_name: str, *, use_proxy: bool = False) -> Callable[[], None]:
     """Sets up tracing where the OTLP endpoint is set; returns the flush-and-stop, at most 2 s.
 
+    `use_proxy` heeds the environment's proxy on the way to the collector, which is usually near.
     Sampler, exporter and further resource attributes follow the `OTEL_*` variables. StartError
     where `OTEL_EXPORTER_OTLP_PROTOCOL` asks for anything but grpc.
     """
@@ -124,7 +125,9 @@ def configure_tracing(service_name: str) -> Callable[[], None]:
     attributes = {"service.name": service_name, "service.version": product_version()}
     attributes["service.instance.id"] = str(uuid.uuid4())
     provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
-    provider.add_span_processor(BoundedSpanProcessor(OTLPSpanExporter(), DROPPED_SPANS))
+    options: Any = (("grpc.enable_http_proxy", int(use_proxy)),)  # typed as pairs of strings
+    exporter = OTLPSpanExporter(channel_options=options)
+    provider.add_span_processor(BoundedSpanProcessor(exporter, DROPPED_SPANS))
     trace.set_tracer_provider(provider)
     structlog.get_logger(__name__).info("tracing", endpoint=endpoint)
 
@@ -139,8 +142,11 @@ def configure_tracing(service_name: str) -> Callable[[], None]:
 
 @functools.cache
 def product_version() -> str:
-    """Returns the installed distribution's version, read from disk once."""
-    return metadata.version("nanoinfer")
+    """Returns the installed distribution's version, read from disk once; `unknown` without one."""
+    try:
+        return metadata.version("nanoinfer")
+    except metadata.PackageNotFoundError:  # run from a folder of sources
+        return "unknown"
 
 
 def tracer() -> trace.Tracer:

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVarTuple
 
@@ -46,6 +46,7 @@ _MIN_RETRY, _MAX_RETRY = 0.1, 30.0
 _UNKNOWN_RATE = 1000.0
 _JOIN_SECONDS = 10.0
 Ts = TypeVarTuple("Ts")
+StartTask = Callable[[str, Callable[[], Awaitable[None]]], asyncio.Task[None]]
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ class Engine:
         make_statistics: Callable[[int], Statistics],
         listener: Listener,
         patience: Patience | None = None,
+        start_task: StartTask | None = None,
     ) -> None:
         """`load_runner` and `make_statistics` (of the model's max_model_len) are called by `start`.
 
-        They run in the engine thread, because whoever loads owns its threads' pools.
+        They run in the engine thread, because whoever loads owns its threads' pools. `start_task`
+        starts the watchdog, and again where it fails; without it a failure ends the watchdog.
         """
         self.config = config
         self.statistics = Snapshot()
@@ -77,7 +80,9 @@ class Engine:
         self._listener = listener
         self._patience = patience or Patience()
         self._thread: threading.Thread | None = None
+        self._start_task = start_task or _start_task
         self._watchdog: asyncio.Task[None] | None = None
+        self._is_stalled = False
         # shared by both threads, written with the condition held
         self._condition = threading.Condition()
         self._inbox: deque[tuple[Request, ...] | _Cancel] = deque()
@@ -111,13 +116,7 @@ class Engine:
         )
         self._thread.start()
         runner = await ready
-        self._watchdog = self._loop.create_task(
-            watch_progress(
-                self._patience.step_seconds,
-                lambda: None if self._streams.is_empty else self._progress,
-                self._listener.stalled,
-            )
-        )
+        self._watchdog = self._start_task("watchdog", self._watch)
         self._refusal = None
         return runner
 
@@ -268,6 +267,18 @@ class Engine:
 
     # ---- the event loop
 
+    async def _watch(self) -> None:
+        await watch_progress(
+            self._patience.step_seconds,
+            lambda: None if self._streams.is_empty else self._progress,
+            self._report_stall,
+            self._is_stalled,
+        )
+
+    def _report_stall(self, is_stalled: bool) -> None:
+        self._listener.stalled(is_stalled)
+        self._is_stalled = is_stalled
+
     def _with_room(self, requests: Sequence[Request]) -> Load:
         """The load with these requests; raises QueueFullError if they do not fit the queue."""
         load = self._load.with_waiting(requests)
@@ -287,6 +298,13 @@ class Engine:
         self._is_delivery_pending = False  # first: what is appended from now on wakes us again
         while self._outbox:
             self._streams.deliver(self._outbox.popleft())
+
+
+def _start_task(name: str, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+    async def run() -> None:
+        await work()
+
+    return asyncio.get_running_loop().create_task(run(), name=name)
 
 
 def _resolve(ready: asyncio.Future[Runner], result: Runner | BaseException) -> None:

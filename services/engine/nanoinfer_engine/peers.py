@@ -150,7 +150,10 @@ class Peers:
         if self._closing:
             return
         index = next(i for i, each in enumerate(self._processes) if each.sentinel in ended)
-        self._failure = self._last_words(index)
+        try:
+            self._failure = self._last_words(index)
+        except Exception as error:  # what a rank sent cannot be read; it is lost all the same
+            self._failure = RankError(f"rank {index + 1} has ended: {error!r}")
         self._failed.set()
         time.sleep(_GRACE_SECONDS)  # who runs into it says it better
         if self._lost is not None and not self._closing:
@@ -211,5 +214,7 @@ def _end_with_parent() -> None:
     """End this process with its parent, however that ends and whatever runs here."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+        try:
+            wait([parent.sentinel])
+        finally:  # a rank that cannot watch its parent must not outlive it
+            os._exit(1)

@@ -8,6 +8,7 @@ emptied, and slots are few, so the busier the server, the more tokens a message 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,7 +17,7 @@ import grpc
 import structlog
 from nanoinfer.v1 import engine_pb2, engine_pb2_grpc
 from nanoinfer.v1 import generation_pb2 as pb
-from nanoinfer_common import errors, names, telemetry
+from nanoinfer_common import errors, names, tasks, telemetry
 from nanoinfer_common.eos import eos_token_ids
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.model_paths import unservable
@@ -46,7 +47,6 @@ from nanoinfer_engine.stream import Stream
 from nanoinfer_engine.telemetry import latency_attributes, record_phases
 
 WATCH_SECONDS = 0.1
-
 log = structlog.get_logger(__name__)
 Context = Any  # grpc-stubs types the aio context only in part
 
@@ -78,6 +78,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             make_statistics=make_statistics,
             listener=self,
             patience=settings.patience(),
+            start_task=lambda name, work: tasks.keep_running(name, work, status.set_fault),
         )
         self.registry.register(EngineCollector(settings.metrics_prefix, self._facts))
 
@@ -185,14 +186,19 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     async def WatchLoad(
         self, request: engine_pb2.EngineServiceWatchLoadRequest, context: Context
     ) -> AsyncIterator[engine_pb2.EngineServiceWatchLoadResponse]:
-        """Stream the load: compared ten times a second, sent where it differs."""
-        sent = None
+        """Stream the load: compared ten times a second, sent where it differs or is overdue."""
+        interval = self._settings.load_report_seconds
+        milliseconds = math.ceil(interval * 1000)
+        sent, sent_at = None, -math.inf
         while True:
-            load = self._load()
-            if load != sent:
-                yield engine_pb2.EngineServiceWatchLoadResponse(load=load)
-                sent = load
-            await asyncio.sleep(WATCH_SECONDS)
+            load, now = self._load(), time.monotonic()
+            # one comparison early rather than late, since the next is only due after the interval
+            if load != sent or now - sent_at > interval - WATCH_SECONDS:
+                yield engine_pb2.EngineServiceWatchLoadResponse(
+                    load=load, max_interval_ms=milliseconds
+                )
+                sent, sent_at = load, now
+            await asyncio.sleep(min(WATCH_SECONDS, interval))
 
     async def GetServerInfo(
         self, request: engine_pb2.EngineServiceGetServerInfoRequest, context: Context

@@ -107,6 +107,12 @@ class EngineSettings(ServiceSettings):
         gt=0,
         description="Time after which a client that does not read loses its stream.",
     )
+    load_report_seconds: float = Field(
+        1.0,
+        ge=0.01,
+        description="Longest time between two reports of the load; gateways that hear nothing for"
+        " longer than their engine_silence_seconds take the engine for frozen.",
+    )
     max_buffered_tokens: int = Field(
         4096, ge=1, description="Unread tokens of a stream from which that time counts."
     )

@@ -44,13 +44,13 @@ async def watch_progress(
     limit_seconds: float,
     progress: Callable[[], int | None],
     report: Callable[[bool], None],
+    is_stalled: bool = False,
 ) -> None:
     """Report True when the last progress is older than the limit, False when it goes on again.
 
     `progress` gives monotonic nanoseconds, or None where there is no work to progress with.
-    Runs until cancelled.
+    Runs until cancelled; `is_stalled` is what was reported last.
     """
-    is_stalled = False
     while True:
         await asyncio.sleep(min(1.0, limit_seconds / 4))
         last = progress()

@@ -294,25 +294,6 @@ async def test_tokens_share_messages_beyond_the_highest_rate(start_fake: StartFa
     assert len(answer.messages) <= 3 + seconds  # the first, one that was due, the last
 
 
-async def test_watch_load_sends_at_once_and_on_change(fake: Engine) -> None:
-    watch = fake.stub.WatchLoad(engine_pb2.EngineServiceWatchLoadRequest())
-    first = await asyncio.wait_for(watch.read(), 2)
-    assert first.load == engine_pb2.EngineLoad(admission_state=engine_pb2.ADMISSION_STATE_OPEN)
-    fake.runner.gate.clear()
-    call = fake.call(stopping=TEN)
-    while (changed := await asyncio.wait_for(watch.read(), 2)).load.running_requests == 0:
-        pass
-    assert changed.load.kv_cache_usage > 0
-    fake.runner.gate.set()
-    await _rest(call)
-    while (changed := await asyncio.wait_for(watch.read(), 2)).load.running_requests:
-        pass
-    assert changed.load == first.load
-    with pytest.raises(asyncio.TimeoutError):  # nothing changes, nothing comes
-        await asyncio.wait_for(watch.read(), 0.4)
-    watch.cancel()
-
-
 async def test_server_info_says_what_and_how_long(fake: Engine) -> None:
     reply = await fake.stub.GetServerInfo(engine_pb2.EngineServiceGetServerInfoRequest())
     assert reply.server.service == "nanoinfer-engine"
@@ -378,3 +359,21 @@ async def _health(engine: Engine, name: str = "") -> int:
     async with grpc.aio.insecure_channel(engine.server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         return (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+
+@pytest.mark.matrix("R36")
+async def test_two_requests_of_one_id_at_once_are_two_requests(fake: Engine) -> None:
+    fake.runner.gate.clear()
+    prompts = ([11, 12, 13], [21, 22])
+    calls = [
+        asyncio.ensure_future(
+            fake.generate(prompt, sampling=SEED, stopping=TEN, request_id="twice")
+        )
+        for prompt in prompts
+    ]
+    await fake.until(lambda load: load.running_requests + load.waiting_requests == 2)
+    fake.runner.gate.set()
+    for prompt, answer in zip(prompts, await asyncio.gather(*calls), strict=True):
+        assert answer.tokens() == expected_tokens(prompt, 10)
+        assert answer.summary.request_id == "twice"
+    await fake.idle()

@@ -63,6 +63,7 @@ def trace(
     raw: Annotated[bool, typer.Option("--raw", help="A prompt to complete, not a chat.")] = False,
     system: System = None,
     connect_timeout: arguments.ConnectTimeout = Gateway.connect_timeout,
+    use_proxy: arguments.Proxy = False,
     json: Json = False,
 ) -> None:
     """Run one prompt and draw its span waterfall.
@@ -96,7 +97,7 @@ def trace(
         if target is None or collector is None:
             elsewhere = f"the spans of `up` at {target} go elsewhere"
             raise typer.BadParameter(f"{elsewhere}: give --target and --collector")
-        gateway = Gateway(target, connect_timeout)
+        gateway = Gateway(target, connect_timeout, use_proxy)
         with interrupts.raising():
             asked = text if raw else conversation(text, system)
             tracing.run(gateway, collector, asked, options, as_json=json)
@@ -178,11 +179,12 @@ def health(
     target: arguments.Target = Gateway.target,
     service: Annotated[str, typer.Option(help="Health name to ask for.")] = grpc_health.READINESS,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait.")] = 5.0,
+    use_proxy: arguments.Proxy = False,
     json: Json = False,
 ) -> None:
     """Ask whether a server is ready; exit code 3 where it is not."""
     arguments.check_address("--target", target)
-    status = grpc_health.check(target, service, timeout)
+    status = grpc_health.check(target, service, timeout, use_proxy=use_proxy)
     console.show(status, {"target": target, "service": service, "status": status}, json)
     if status != "SERVING":
         raise typer.Exit(3)

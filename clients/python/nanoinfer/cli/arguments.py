@@ -29,6 +29,10 @@ PromptArgument = Annotated[
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
 ConnectTimeout = Annotated[float, typer.Option(min=0.001, help="Seconds to wait for the gateway.")]
 Target = Annotated[str, typer.Option(help="The gateway's address.", envvar="NANOINFER_TARGET")]
+Proxy = Annotated[
+    bool,
+    typer.Option(help="Use the environment's proxy; without, none.", envvar="NANOINFER_USE_PROXY"),
+]
 _Level = Literal["debug", "info", "warning", "error"]
 _LogLevel = typer.Option(help="Show logs from here on.", envvar="NANOINFER_LOG_LEVEL")
 _LISTEN = "Where to listen; 0 is a free port."
@@ -46,13 +50,17 @@ class Gateway:
 
     target: Target = DEFAULT_TARGET
     connect_timeout: ConnectTimeout = 5.0
+    use_proxy: Proxy = False
 
     @contextmanager
     def connect(self, tracer_provider: TracerProvider | None = None) -> Iterator[Client]:
         """A client whose gateway is ready."""
         check_address("--target", self.target)
         with Client(
-            self.target, connect_timeout=self.connect_timeout, tracer_provider=tracer_provider
+            self.target,
+            connect_timeout=self.connect_timeout,
+            tracer_provider=tracer_provider,
+            use_proxy=self.use_proxy,
         ) as client:
             with console.Progress(f"waiting for {self.target}"):
                 client.wait_until_ready(self.connect_timeout)

@@ -18,6 +18,8 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from nanoinfer.health import proxy_options
+
 MAX_TRACES = 256
 MAX_SPANS_PER_TRACE = 4096
 SERVICE = "nanoinfer.cli.Collector"
@@ -86,9 +88,12 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         self._server.stop(None).wait()
 
 
-def fetch(address: str, trace_id: str, timeout: float = 5.0) -> list[Span]:
+def fetch(
+    address: str, trace_id: str, timeout: float = 5.0, *, use_proxy: bool = False
+) -> list[Span]:
     """A trace's spans so far. Raises grpc.RpcError where no collector answers at `address`."""
-    with grpc.insecure_channel(address, [_MESSAGE_SIZE]) as channel:
+    options = [_MESSAGE_SIZE, *proxy_options(use_proxy)]
+    with grpc.insecure_channel(address, options) as channel:
         get = channel.unary_unary(TRACE, BytesValue.SerializeToString, ExportRequest.FromString)
         found = get(BytesValue(value=bytes.fromhex(trace_id)), timeout=timeout)
     return [_decode(resource, span) for resource, span in _spans(found)]

@@ -120,7 +120,9 @@ class _Child:
             for line in output:
                 self.lines.append(line.rstrip("\n"))
                 if self._forward:
-                    note(f"{self.name} | {self.lines[-1]}")
+                    # a standard error that nobody takes must not fill the service's pipe
+                    with suppress(OSError, ValueError):
+                        note(f"{self.name} | {self.lines[-1]}")
 
     def look(self, directory: Path, addresses: dict[str, str]) -> None:
         """Notes its address once it listens, and whether it is ready."""

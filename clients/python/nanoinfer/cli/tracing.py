@@ -21,6 +21,7 @@ from nanoinfer.cli.collector import Span, fetch
 from nanoinfer.cli.sampling import chat_options
 from nanoinfer.cli.waterfall import PLAIN_WIDTH, draw
 from nanoinfer.errors import NanoInferError
+from nanoinfer.health import proxy_options
 from nanoinfer.options import Messages
 
 SERVICES = {"nanoinfer-gateway", "nanoinfer-tokenizer", "nanoinfer-engine"}
@@ -40,7 +41,7 @@ def run(
 ) -> None:
     """Shows the answer, then its spans. A request that fails is drawn too, then raised."""
     completion, failure = None, None
-    provider = _tracer_provider(collector)
+    provider = _tracer_provider(collector, gateway.use_proxy)
     try:
         with gateway.connect(provider) as client:
             if not isinstance(prompt, str):
@@ -56,7 +57,7 @@ def run(
     trace_id = getattr(failure or completion, "trace_id", None)
     if failure is not None and trace_id is None:
         raise failure
-    spans = _await_spans(collector, trace_id) if trace_id else []
+    spans = _await_spans(collector, trace_id, gateway.use_proxy) if trace_id else []
     if as_json:
         found = {"trace_id": trace_id, "completion": completion, "spans": spans}
         console.show("", found, as_json)
@@ -70,7 +71,7 @@ def run(
         raise failure
 
 
-def _await_spans(collector: str, trace_id: str) -> list[Span]:
+def _await_spans(collector: str, trace_id: str, use_proxy: bool) -> list[Span]:
     """The trace's spans, once every service's have come and no more follow."""
     spans: list[Span] = []
     changed = time.monotonic()
@@ -78,7 +79,7 @@ def _await_spans(collector: str, trace_id: str) -> list[Span]:
     with console.Progress("collecting spans"):
         while (now := time.monotonic()) < end:
             try:
-                found = fetch(collector, trace_id)
+                found = fetch(collector, trace_id, use_proxy=use_proxy)
             except grpc.RpcError as error:
                 reason = f"no spans from {collector}: {error.code().name}"
                 raise console.CommandError(reason) from error
@@ -96,11 +97,13 @@ def _whole(spans: Sequence[Span]) -> bool:
     return services >= SERVICES and all(span.parent_id in known for span in spans)
 
 
-def _tracer_provider(collector: str) -> TracerProvider:
+def _tracer_provider(collector: str, use_proxy: bool) -> TracerProvider:
     """An SDK that sends this process's spans to the collector; a lost span is no failure here."""
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     resource = Resource({"service.name": "nanoinfer-cli"})
     provider = TracerProvider(resource=resource, sampler=ALWAYS_ON, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(endpoint=f"http://{collector}", insecure=True, timeout=2)
+    options: Any = tuple(proxy_options(use_proxy))  # typed as pairs of strings
+    endpoint = f"http://{collector}"
+    exporter = OTLPSpanExporter(endpoint, insecure=True, timeout=2, channel_options=options)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     return provider

@@ -91,10 +91,12 @@ class EngineServiceWatchLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineServiceWatchLoadResponse(_message.Message):
-    __slots__ = ("load",)
+    __slots__ = ("load", "max_interval_ms")
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    MAX_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     load: EngineLoad
-    def __init__(self, load: _Optional[_Union[EngineLoad, _Mapping]] = ...) -> None: ...
+    max_interval_ms: int
+    def __init__(self, load: _Optional[_Union[EngineLoad, _Mapping]] = ..., max_interval_ms: _Optional[int] = ...) -> None: ...
 
 class EngineLoad(_message.Message):
     __slots__ = ("running_requests", "waiting_requests", "kv_cache_usage", "waiting_prompt_tokens", "admission_state")

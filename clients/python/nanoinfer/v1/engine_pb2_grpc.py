@@ -94,7 +94,8 @@ class EngineServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """Streams the load: at once, then whenever it changes, at most every 100 ms.
+        """Streams the load: at once, then whenever it changes, at most every 100 ms, and again after
+        `max_interval_ms` without a change. An engine that is silent for longer is frozen or cut off.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,9 @@ class EngineServiceStub:
     GetLoad: _grpc.UnaryUnaryMultiCallable[_engine_pb2.EngineServiceGetLoadRequest, _engine_pb2.EngineServiceGetLoadResponse]
     """Gives the present load."""
     WatchLoad: _grpc.UnaryStreamMultiCallable[_engine_pb2.EngineServiceWatchLoadRequest, _engine_pb2.EngineServiceWatchLoadResponse]
-    """Streams the load: at once, then whenever it changes, at most every 100 ms."""
+    """Streams the load: at once, then whenever it changes, at most every 100 ms, and again after
+    `max_interval_ms` without a change. An engine that is silent for longer is frozen or cut off.
+    """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_engine_pb2.EngineServiceGetServerInfoRequest, _engine_pb2.EngineServiceGetServerInfoResponse]
     """Describes the server."""
 
@@ -70,7 +72,9 @@ class EngineServiceAsyncStub(EngineServiceStub):
     GetLoad: _aio.UnaryUnaryMultiCallable[_engine_pb2.EngineServiceGetLoadRequest, _engine_pb2.EngineServiceGetLoadResponse]  # type: ignore[assignment]
     """Gives the present load."""
     WatchLoad: _aio.UnaryStreamMultiCallable[_engine_pb2.EngineServiceWatchLoadRequest, _engine_pb2.EngineServiceWatchLoadResponse]  # type: ignore[assignment]
-    """Streams the load: at once, then whenever it changes, at most every 100 ms."""
+    """Streams the load: at once, then whenever it changes, at most every 100 ms, and again after
+    `max_interval_ms` without a change. An engine that is silent for longer is frozen or cut off.
+    """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_engine_pb2.EngineServiceGetServerInfoRequest, _engine_pb2.EngineServiceGetServerInfoResponse]  # type: ignore[assignment]
     """Describes the server."""
 
@@ -114,7 +118,9 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _engine_pb2.EngineServiceWatchLoadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_engine_pb2.EngineServiceWatchLoadResponse], _abc.AsyncIterator[_engine_pb2.EngineServiceWatchLoadResponse]]:
-        """Streams the load: at once, then whenever it changes, at most every 100 ms."""
+        """Streams the load: at once, then whenever it changes, at most every 100 ms, and again after
+        `max_interval_ms` without a change. An engine that is silent for longer is frozen or cut off.
+        """
 
     @_abc_1.abstractmethod
     def GetServerInfo(

@@ -5,7 +5,8 @@ Text to text: what applications call. The gateway composes tokenizer and engine.
 
 Metadata read on every call: `traceparent` and `tracestate` (W3C), `x-request-id`,
 `x-nanoinfer-priority` (-100 to 100, higher first, default 0), `x-nanoinfer-tenant` (at most 64
-visible ASCII characters). Deadline and cancel are the RPC's own.
+visible ASCII characters). Deadline and cancel are the RPC's own. Clients may ping a connection
+every 10 s, with calls under way or without.
 """
 
 from collections import abc as _abc
