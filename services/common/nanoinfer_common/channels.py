@@ -40,6 +40,8 @@ def open_channel(address: str, *, round_robin: bool = False) -> grpc.aio.Channel
         ("grpc.max_send_message_length", -1),
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+        # The one that ends the connection: without it an unanswered ping is waited for for 60 s.
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
         ("grpc.keepalive_permit_without_calls", 0),
         # A service that restarted is found again within a second, one that is gone is not hammered.
         ("grpc.initial_reconnect_backoff_ms", 200),
