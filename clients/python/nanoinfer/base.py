@@ -64,6 +64,8 @@ def _channel_options(wait_for_ready: bool, max_message_bytes: int) -> list[tuple
     }
     return [
         ("grpc.service_config", json.dumps(service_config)),
+        # Ends the connection; without it an unanswered ping is waited for for 60 s.
+        ("grpc.http2.ping_timeout_ms", 20_000),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.max_receive_message_length", max_message_bytes),
