@@ -111,7 +111,8 @@ class RequestReader:
         self, prompt: Prompt, options: gateway_pb2.GenerationOptions, limits: Limits
     ) -> None:
         validate_request(options, limits)
-        if isinstance(prompt, generation_pb2.TokenIds):
+        # Without a model the number of ids kept is bounded by nothing, and none is looked at.
+        if isinstance(prompt, generation_pb2.TokenIds) and limits.max_model_len is not None:
             prompt = EncodedPrompt(prompt).last(options.truncate_prompt_tokens).tokens
         self.validate_prompt(prompt, limits)
 

@@ -77,6 +77,8 @@ def _channel_options(
     return [
         *health.proxy_options(use_proxy),
         ("grpc.service_config", json.dumps(service_config)),
+        # Ends the connection; without it an unanswered ping is waited for for 60 s.
+        ("grpc.http2.ping_timeout_ms", 20_000),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.initial_reconnect_backoff_ms", 100),

@@ -41,6 +41,8 @@ def open_channel(address: str, more_options: Iterable[tuple[str, int]] = ()) -> 
         ("grpc.http2.bdp_probe", 0),
         ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+        # The one that ends the connection: without it an unanswered ping is waited for for 60 s.
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
         ("grpc.keepalive_permit_without_calls", 0),
         # A service that restarted is found again within a second, one that is gone is not hammered.
         ("grpc.initial_reconnect_backoff_ms", 200),

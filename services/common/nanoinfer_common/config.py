@@ -76,6 +76,9 @@ class ServiceSettings(BaseSettings):
     max_connection_age_seconds: float | None = Field(
         None, gt=0, description="Age at which a client must reconnect."
     )
+    max_connection_idle_seconds: float | None = Field(
+        3600.0, gt=0, description="Time without a call after which a connection is closed."
+    )
     trust_incoming_trace: bool = Field(
         False, description="Continue callers' traces, not link them."
     )

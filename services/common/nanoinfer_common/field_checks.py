@@ -57,6 +57,8 @@ _RANGES: Final = {
     "response.prompt_logprobs": _Range(0, 20),
 }
 _BIAS_RANGE: Final = _Range(-100, 100)
+# More ids than any vocabulary has; the bound of a list as long as one that is not known.
+MAX_LISTED_IDS: Final = 2**20
 # How many ids a field may list; None is as many as the vocabulary has.
 _MAX_IDS: Final = {
     "sampling.logit_bias": 1024,
@@ -114,13 +116,13 @@ def check_fields(prefix: str, message: Message, limits: Limits) -> Iterator[Viol
         if path in _RANGES and not _RANGES[path].holds(value):
             yield Violation(path, str(_RANGES[path]))
         if path in _MAX_IDS:
-            most = _MAX_IDS[path] or limits.vocab_size
-            if most is not None and len(value) > most:
+            most = _MAX_IDS[path] or limits.vocab_size or MAX_LISTED_IDS
+            if len(value) > most:
                 yield Violation(path, f"must have at most {most} entries")
             elif path.endswith("_bias") and not all(map(_BIAS_RANGE.holds, value.values())):
                 yield Violation(path, str(_BIAS_RANGE))
             else:
-                yield from check_ids(path, list(value), limits)
+                yield from check_ids(path, value, limits)
 
 
 def check_min_tokens(stopping: pb.StoppingParams, limits: Limits) -> Iterator[Violation]:
@@ -174,8 +176,11 @@ def check_envelope(request: ParameterMessage, limits: Limits) -> Iterator[Violat
             yield Violation("truncate_prompt_tokens", f"must be 1 to {most}")
 
 
-def check_ids(path: str, ids: Sequence[int], limits: Limits) -> Iterator[Violation]:
-    """Checks that every id is below the vocabulary size; names the first that is not."""
+def check_ids(path: str, ids: Collection[int], limits: Limits) -> Iterator[Violation]:
+    """Checks that every id is below the vocabulary size; names the first that is not.
+
+    How many there are has been checked before.
+    """
     size = limits.vocab_size
     # The maximum first: it is found at C speed, and bad ids are rare.
     if size is not None and len(ids) and max(ids) >= size:
@@ -193,7 +198,8 @@ def features_asked(request: ParameterMessage) -> Iterator[tuple[str, pb.Feature]
     for prefix, message in parts:
         for descriptor, value in message.ListFields():
             feature, neutral = _FEATURES.get(f"{prefix}{descriptor.name}", (None, None))
-            if feature is not None and value != neutral:
+            # A list is set where it is not empty; to compare it would copy it.
+            if feature is not None and (neutral is None or value != neutral):
                 yield f"{prefix}{descriptor.name}", feature
 
 

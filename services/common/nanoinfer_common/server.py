@@ -47,6 +47,8 @@ MAX_CONCURRENT_STREAMS: Final = 1000
 # their way. More than two that come sooner end the connection (gRPC's own `max_ping_strikes`).
 MIN_PING_INTERVAL_MILLISECONDS: Final = 5_000
 CONNECTION_AGE_GRACE_SECONDS: Final = 3600
+# A connection that does not speak HTTP/2 by then is closed; gRPC's own limit is two minutes.
+HANDSHAKE_MILLISECONDS: Final = 20_000
 # Requests on their way to a server that begins to refuse get UNAVAILABLE, which callers repeat
 # elsewhere; gRPC's own shutdown, which sends connections away, would answer CANCELLED.
 SEND_AWAY_SECONDS: Final = 0.2
@@ -313,6 +315,10 @@ def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
         age = int(settings.max_connection_age_seconds * 1000)
         options.append(("grpc.max_connection_age_ms", age))
         options.append(("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_SECONDS * 1000))
+    options.append(("grpc.server_handshake_timeout_ms", HANDSHAKE_MILLISECONDS))
+    if settings.max_connection_idle_seconds is not None:
+        idle = int(settings.max_connection_idle_seconds * 1000)
+        options.append(("grpc.max_connection_idle_ms", idle))
     return options
 
 

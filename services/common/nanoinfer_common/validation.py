@@ -22,6 +22,8 @@ from nanoinfer_common.field_checks import MAX_REQUEST_ID_CHARS, ParameterMessage
 from nanoinfer_common.field_checks import Limits as Limits
 
 MAX_MESSAGES: Final = 10_000
+# In a whole conversation: an empty part takes 2 bytes, so the size of a message bounds nothing.
+MAX_CONTENT_PARTS: Final = 20_000
 MAX_ROLE_BYTES: Final = 64
 # More than this many bad messages are not told one by one.
 MAX_REPORTED: Final = 8
@@ -94,10 +96,14 @@ def validate_prompt_ids(ids: Sequence[int], limits: Limits) -> None:
 def validate_messages(messages: Sequence[tokenizer_pb2.ChatMessage]) -> None:
     """Checks a conversation's form: 1 to 10,000 messages, each with a role and set parts.
 
+    The number of parts is checked before any of them is looked at.
+
     Raises INVALID_ARGUMENT (INVALID_MESSAGES). Which roles exist, the chat template knows.
     """
     if not 1 <= len(messages) <= MAX_MESSAGES:
         _raise_any([Violation("messages", f"must be 1 to {MAX_MESSAGES} messages")])
+    if sum(len(message.content) for message in messages) > MAX_CONTENT_PARTS:
+        _raise_any([Violation("messages", f"must have at most {MAX_CONTENT_PARTS} parts in all")])
     violations: list[Violation] = []
     for index, message in enumerate(messages):
         path = f"messages[{index}]"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateSyntaxError, nodes
 
-from nanoinfer_tokenizer.encodings import TokenizerFileError
+from nanoinfer_tokenizer.encodings import TokenizerFileError, translated
 from nanoinfer_tokenizer.guard import ContentGuard
 from nanoinfer_tokenizer.loading import LoadedTokenizer
 from nanoinfer_tokenizer.template_process import (
@@ -39,7 +39,7 @@ class RenderedChat:
     @property
     def text(self) -> str:
         """The text as the template's author sees it."""
-        return self.guarded.translate(self.restore)
+        return translated(self.guarded, self.restore)
 
 
 class ChatRenderer:

@@ -1,12 +1,14 @@
 """What the tokenizer accepts: sizes and presence, refused with the field's name."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import grpc
 from google.protobuf.message import Message as ProtoMessage
 from nanoinfer.v1.generation_pb2 import TokenIds
 from nanoinfer_common import errors, names
 from nanoinfer_common.errors import ServiceError, Violation
+from nanoinfer_common.validation import MAX_REPORTED
 
 
 def given_or(request: ProtoMessage, field: str, default: bool) -> bool:
@@ -52,8 +54,7 @@ def check_token_ids(tokens: TokenIds, max_ids: int) -> Sequence[int]:
 
 
 def _refuse_empty(texts: Iterable[str], fields: Iterable[str]) -> None:
-    violations = [
-        Violation(field, "not empty") for text, field in zip(texts, fields, strict=True) if not text
-    ]
+    empty = (field for text, field in zip(texts, fields, strict=True) if not text)
+    violations = [Violation(field, "not empty") for field in islice(empty, MAX_REPORTED)]
     if violations:
         raise errors.invalid(names.INVALID_PROMPT, "an empty text", *violations)

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from nanoinfer_tokenizer.alternation import longest_of
+
 # The Unicode property White_Space; Python's \s and strip() would take U+001C to U+001F too.
 _WHITE_SPACE = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
     "\u200a\u2028\u2029\u202f\u205f\u3000"
 )
 _NO_WHITE_SPACE = re.compile(f"[^{_WHITE_SPACE}]")
+_RUN = 16_384  # characters that one call into C looks at: about a millisecond
 
 
 class TokenizerFileError(ValueError):
@@ -50,14 +53,14 @@ class AddedTokens:
     def __init__(self, tokens: Iterable[AddedToken], hidden: Iterable[AddedToken] = ()) -> None:
         """Prepares the search; tokens without content are never found."""
         self._tokens = {token.content: token for token in tokens if token.content}
-        contents = {*self._tokens, *(token.content for token in hidden if token.content)}
-        longest_first = sorted(contents, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+        contents = [*self._tokens, *(token.content for token in hidden)]
+        self._longest = max(map(len, contents), default=0)
+        self._pattern = re.compile(longest_of(contents))
 
     def split(self, text: str) -> Iterator[str | int]:
         """Yields the non-empty runs of plain text and the ids between them, in order."""
         cursor = 0
-        for match in self._pattern.finditer(text) if self._tokens else ():
+        for match in self._matches(text) if self._tokens else ():
             token = self._tokens.get(match.group())
             start, end = match.span()
             if token is None or start < cursor or (token.single_word and _in_word(text, match)):
@@ -73,6 +76,18 @@ class AddedTokens:
             cursor = end
         if cursor < len(text):
             yield text[cursor:] if cursor else text
+
+    def _matches(self, text: str) -> Iterator[re.Match[str]]:
+        """Finds what `finditer` finds, in runs: a search lets no other thread in before its end."""
+        position = 0
+        while position < len(text):
+            stop = position + _RUN
+            match = self._pattern.search(text, position, stop + self._longest - 1)
+            if match is None or match.start() >= stop:
+                position = stop  # nothing starts before it; what starts behind may be cut off here
+            else:
+                yield match
+                position = match.end()
 
 
 def _in_word(text: str, match: re.Match[str]) -> bool:
@@ -138,6 +153,12 @@ class Encoding(Protocol):
         """Encodes plain text. `continues` says that something stood before it in the input."""
 
 
+def translated(text: str, table: Mapping[int, int]) -> str:
+    """Replaces characters as `str.translate` does, in runs, so that other threads get a turn."""
+    starts = range(0, len(text), _RUN)
+    return "".join([text[start : start + _RUN].translate(table) for start in starts])
+
+
 def encode_with_special(
     encoding: Encoding, text: str, restore: Mapping[int, int] | None = None
 ) -> list[int]:
@@ -152,7 +173,7 @@ def encode_with_special(
         if isinstance(part, int):
             token_ids.append(part)
         else:
-            plain = part.translate(restore) if restore else part
+            plain = translated(part, restore) if restore else part
             token_ids.extend(encoding.encode(plain, continues=continues))
         continues = True
     return token_ids

@@ -59,7 +59,10 @@ class LibraryEncoding:
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Encodes plain text; `continues` matters to models that mark the first word."""
         tokenizer = self._later if continues else self._first
-        token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        # `encode` holds the interpreter's lock all the time; this lets other threads run, does not
+        # compute offsets, and works in the calling thread where the batch is a single text.
+        (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        token_ids: list[int] = encoded.ids
         if self._renumbered:
             return [self._renumbered.get(token_id, token_id) for token_id in token_ids]
         return token_ids

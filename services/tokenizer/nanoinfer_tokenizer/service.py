@@ -32,6 +32,7 @@ from nanoinfer_tokenizer.work import Metrics, WorkPool
 
 _VOCABULARY_RUN = 16_384  # tokens in one message of GetVocabulary: a few hundred KiB
 _DECODE_RUN = 4096  # ids decoded in one go: less than a millisecond
+_MESSAGE_CHARACTERS = 16  # a message takes as long to render as so many characters to encode
 
 # grpc-stubs leave the context's type parameters to the reader.
 Context: TypeAlias = Any
@@ -122,11 +123,16 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         ]
         add_prompt = checks.given_or(request, "add_generation_prompt", True)
         rendered = await self._render(self._served.chat, messages, add_prompt)
-        token_ids = await self._coding.run(partial(self._encode_rendered, rendered))
+
+        def encode() -> tuple[list[int], str | None]:
+            token_ids = self._encode_rendered(rendered)
+            return token_ids, rendered.text if request.return_text else None
+
+        token_ids, text = await self._coding.run(encode, len(rendered.guarded))
         return pb.TokenizerServiceRenderChatResponse(
             tokens=TokenIds(ids=token_ids),
             tokenizer_fingerprint=self._served.fingerprint,
-            text=rendered.text if request.return_text else None,
+            text=text,
         )
 
     async def Decode(
@@ -209,16 +215,16 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return self._loaded
 
     async def _encode(self, texts: Sequence[str], framed: bool) -> list[list[int]]:
-        telemetry.set_attributes({"nanoinfer.prompt.chars": sum(map(len, texts))})
+        num_characters = sum(map(len, texts))
+        telemetry.set_attributes({"nanoinfer.prompt.chars": num_characters})
         tokenizer = self._served.tokenizer
         frame = tokenizer.frame if framed else Frame()
 
         def encode(text: str) -> list[int]:
             return frame.around(tokenizer.encoding.encode(text))
 
-        return await self._coding.run(
-            lambda: [self._measure(partial(encode, text)) for text in texts]
-        )
+        works = (partial(self._measure, partial(encode, text)) for text in texts)
+        return await self._coding.run_all(works, num_characters)
 
     async def _render(
         self, chat: ChatRenderer, messages: Sequence[Message], add_generation_prompt: bool
@@ -232,7 +238,8 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         ):
             try:
                 return await self._rendering.run(
-                    partial(chat.render, messages, add_generation_prompt=add_generation_prompt)
+                    partial(chat.render, messages, add_generation_prompt=add_generation_prompt),
+                    num_characters + _MESSAGE_CHARACTERS * len(messages),
                 )
             except TemplateRefusedError as error:
                 violation = Violation("messages", str(error))

@@ -37,11 +37,23 @@ class TokenizerSettings(ServiceSettings):
     )
     max_batch_texts: int = Field(256, ge=1, le=65536, description="Most texts in one batch.")
     max_pending: int = Field(
-        1024, ge=1, description="Most requests that wait or are worked on; more are refused."
+        1024,
+        ge=1,
+        description="Most requests that wait or are worked on, short and long ones (over 16,384"
+        " characters) counted apart; more are refused.",
     )
-    num_threads: int = Field(2, ge=1, le=256, description="Threads that encode.")
+    num_threads: int = Field(
+        2,
+        ge=1,
+        le=256,
+        description="Threads that encode short texts; as many again encode long ones.",
+    )
     num_template_workers: int = Field(
-        2, ge=1, le=64, description="Processes that render chat templates."
+        2,
+        ge=1,
+        le=64,
+        description="Processes that render short conversations; as many again, started when they"
+        " are needed, render long ones.",
     )
     template_timeout_seconds: float = Field(
         2.0, gt=0, le=60, description="Longest that one chat template may run."
@@ -65,5 +77,5 @@ class TokenizerSettings(ServiceSettings):
         return TemplateLimits(
             timeout_seconds=self.template_timeout_seconds,
             max_characters=2 * self.max_characters + 65536,
-            num_workers=self.num_template_workers,
+            num_workers=2 * self.num_template_workers,  # for short and for long conversations
         )
