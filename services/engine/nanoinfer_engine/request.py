@@ -11,7 +11,7 @@ import enum
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from typing import NamedTuple
@@ -177,6 +177,10 @@ class RequestTimes:
         scheduled = end if self.scheduled is None else self.scheduled
         first_token = end if self.first_token is None else self.first_token
         return Phases(scheduled - self.arrived, first_token - scheduled, end - first_token)
+
+    def phases_to_first_token(self) -> Phases:
+        """The phases of a request that has its first token, without its decode."""
+        return replace(self, finished=self.first_token).phases()
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from nanoinfer.v1 import engine_pb2, engine_pb2_grpc
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common import errors, names, telemetry
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
+from nanoinfer_common.interceptors import DEADLINE_SLACK_SECONDS
 from nanoinfer_common.server import ServiceStatus, StartError
 from nanoinfer_common.stream_writes import StreamWriter, WriteSlots
 from nanoinfer_common.validation import (
@@ -38,6 +39,7 @@ from nanoinfer_engine.loading import show_loading
 from nanoinfer_engine.messages import ServedModel, prompt_ids
 from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
 from nanoinfer_engine.progress import Progress
+from nanoinfer_engine.request import FinishReason, Request
 from nanoinfer_engine.settings import EngineSettings
 from nanoinfer_engine.statuses import failure, refusal_status
 from nanoinfer_engine.stream import Stream
@@ -151,7 +153,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         try:
             await self._send(stream, Answer(stream, model), context)
         finally:
-            stream.close()
+            stream.close(_reason(request, requests))
             telemetry.add_to_log_line(
                 tenant=metadata.tenant or "",
                 prompt_tokens=len(requests[0].prompt_token_ids),
@@ -256,3 +258,19 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             load=engine.load,
             snapshot=engine.statistics,
         )
+
+
+def _reason(
+    proto: engine_pb2.EngineServiceGenerateRequest, requests: Sequence[Request]
+) -> FinishReason:
+    """Why a call that ends before its completions have ended does so.
+
+    A deadline reaches the server as a cancel of the client's, often before its own clock is due.
+    """
+    deadline, slack = requests[0].deadline, int(DEADLINE_SLACK_SECONDS * 1e9)
+    if deadline is not None and time.monotonic_ns() >= deadline - slack:
+        return FinishReason.DEADLINE
+    all_began = all(request.times.first_token is not None for request in requests)
+    if proto.cancels_at_stop_strings and all_began:
+        return FinishReason.STOP
+    return FinishReason.CANCELLED
