@@ -80,30 +80,11 @@ def _is_unfiltered(k, p, share, VOCAB: tl.constexpr):
 
 @triton.jit
 def _slices_kernel(
-    logits,
-    top_k,
-    slots,
-    first_key,
-    second_key,
-    temperature,
-    top_p,
-    min_p,
-    repetition,
-    frequency,
-    presence,
-    counts,
-    bias,
-    shaped_logits,
-    best,
-    best_ids,
-    drawn,
-    drawn_ids,
-    VOCAB: tl.constexpr,
-    SLICES: tl.constexpr,
-    SLICE: tl.constexpr,
-    PIECE: tl.constexpr,
+    logits, top_k, slots, first_key, second_key, temperature, top_p, min_p,
+    repetition, frequency, presence, counts, bias, shaped_logits, best, best_ids, drawn, drawn_ids,
+    VOCAB: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, PIECE: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -204,16 +185,13 @@ def choose(
     """
     rows, vocab_size = logits.shape
     slices = ceil_div(vocab_size, _SLICE)
+    keys = sampling.first_key, sampling.second_key
+    filters = sampling.temperature, sampling.top_p, sampling.min_p
+    options = (sampling.top_k, sampling.slot, *keys, *filters)
     results = (workspace.best, workspace.best_ids, workspace.drawn, workspace.drawn_ids)
     _slices_kernel[(rows, slices)](
         logits,
-        sampling.top_k,
-        sampling.slot,
-        sampling.first_key,
-        sampling.second_key,
-        sampling.temperature,
-        sampling.top_p,
-        sampling.min_p,
+        *options,
         sampling.repetition,
         sampling.frequency,
         sampling.presence,
@@ -233,13 +211,7 @@ def choose(
         logits,
         workspace.shaped,
         workspace.counts,
-        sampling.top_k,
-        sampling.slot,
-        sampling.first_key,
-        sampling.second_key,
-        sampling.temperature,
-        sampling.top_p,
-        sampling.min_p,
+        *options,
         *results,
         sampled,
         sampled if history is None else history.ids,
