@@ -33,7 +33,11 @@ def row(prompt: int, seed: int = 7, position: int = 5, **options: object) -> Bat
 def draw(logits: torch.Tensor, rows: Iterable[BatchRow]) -> np.ndarray:
     """An id for each row; `logits` are the same for all, or each row's own."""
     rows = list(rows)
-    results = sample(logits.expand(len(rows), -1), rows)
+    values = logits.expand(len(rows), -1)
+    count = max(2**19 // values.shape[1], 1)  # at once: large ones take their time for memory
+    results = []
+    for first in range(0, len(rows), count):
+        results += sample(values[first : first + count], rows[first : first + count])
     return np.array([each.token_id for each in results if isinstance(each, SampledToken)])
 
 
@@ -102,24 +106,24 @@ def test_sixteen_completions_of_a_prompt_are_independent_of_one_another() -> Non
     assert max(pairs) < 400 * 0.06
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_p": 0.95}, {"top_k": 200}])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.95}, {"top_k": 100}])
 def test_noise_on_the_logits_seldom_changes_a_draw(filters: dict[str, object]) -> None:
     """A draw by cumulative sums changed 3.7 % of these, because every sum before an id moved."""
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(3000, 1000, generator=generator) * 2
+    logits = torch.randn(3000, 500, generator=generator) * 2
     noisy = logits + torch.randn(logits.shape, generator=generator) * 1e-3
     rows = [row(key, seed=3, **filters) for key in PROMPTS]
     assert (draw(logits, rows) != draw(noisy, rows)).mean() < 0.01
 
 
 def test_rare_ids_are_drawn_as_often_as_they_should() -> None:
-    """One id has nearly all; 20,000 others share a tenth."""
-    logits = torch.zeros(1, 20_001)
-    logits[0, 10_000] = np.log(9 * 20_000)
-    ids = draw(logits, (row(key) for key in PROMPTS[:1500]))
-    rare = ids[ids != 10_000]
+    """One id has nearly all; 8,000 others share a tenth."""
+    logits = torch.zeros(1, 8_001)
+    logits[0, 4_000] = np.log(9 * 8_000)
+    ids = draw(logits, (row(key) for key in PROMPTS[:2000]))
+    rare = ids[ids != 4_000]
     assert stats.binomtest(len(rare), len(ids), 0.1).pvalue > 1e-3
-    assert stats.kstest(rare / 20_001, "uniform").pvalue > 1e-3
+    assert stats.kstest(rare / 8_001, "uniform").pvalue > 1e-3
     assert len(set(rare)) > 0.95 * len(rare)
 
 
@@ -166,13 +170,13 @@ def test_a_prompts_key_depends_on_every_id_and_on_their_order() -> None:
 def test_tokens_stay_the_same_in_company_in_chunks_and_after_preemption(tmp_path: Path) -> None:
     runner = make_runner(make_checkpoint("qwen3", tmp_path))
     source = np.random.default_rng(4)
-    prompts = [tuple(source.integers(0, 90, 20 + i).tolist()) for i in range(6)]
+    prompts = [tuple(source.integers(0, 90, 20 + i).tolist()) for i in range(3)]
     options = dataclasses.replace(PLAIN, temperature=1.5, top_p=0.98, seed=11)
     expected = []
     for index, prompt in enumerate(prompts):
         own = dataclasses.replace(options, seed=11 + index)
-        expected += generate(runner, [prompt], 24, own)
+        expected += generate(runner, [prompt], 12, own)
     ids = [[token.token_id for token in tokens] for tokens in expected]
-    squeezed = generate(runner, prompts, 24, options, kv_tokens=160, max_batch_tokens=17)
+    squeezed = generate(runner, prompts, 12, options, kv_tokens=56, max_batch_tokens=17)
     assert [[token.token_id for token in tokens] for tokens in squeezed] == ids
     assert len({tuple(each) for each in ids}) == len(prompts)
