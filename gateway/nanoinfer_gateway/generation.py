@@ -104,6 +104,7 @@ class Generation:
         self._room = asyncio.Event()
         self._ended = self._succeeded = False
         self._reported: generation_pb2.GenerationSummary | None = None
+        self._first_token_timings = generation_pb2.Timings()
         self._first_message_time: int | None = None
         self.completions: Completions | None = None
 
@@ -187,6 +188,8 @@ class Generation:
                 self._first_message_time = self._first_message_time or time.time_ns()
                 completions.feed(message)
                 self._news.set()
+                if message.HasField("first_token_timings"):
+                    self._first_token_timings = message.first_token_timings
                 if message.HasField("summary"):
                     self._reported = message.summary
                 if completions.all_ended and completions.any_cut and self._reported is None:
@@ -213,12 +216,13 @@ class Generation:
         """The engine's summary with what only the gateway knows.
 
         Where a stop string ended the call early the engine reported none: queue and prefill time
-        are then unknown and stay 0, decode time is the gateway's.
+        are then those of its first message, decode time is the gateway's.
         """
         timings = generation_pb2.Timings()
         if self._reported is not None:
             timings.CopyFrom(self._reported.timings)
         else:
+            timings.CopyFrom(self._first_token_timings)
             timings.decode_ns = completions.decode_ns
         timings.tokenize_ns = prompt.tokenize_ns
         timings.detokenize_ns = completions.detokenize_ns
@@ -300,6 +304,7 @@ def _engine_request(
             setattr(result, name, getattr(options, name))
     if prompt.fingerprint:
         result.tokenizer_fingerprint = prompt.fingerprint
+    result.cancels_at_stop_strings = bool(options.stop)
     return result
 
 

@@ -101,7 +101,10 @@ def test_stop_string_over_token_borders_does_not_leak(
         assert text == whole[: whole.index(stop)]
         finish = next(f for m in messages for f in m.finishes)
         assert finish.stop_match.stop == stop
-        assert messages[-1].summary.usage.completion_tokens > 0
+        summary = messages[-1].summary
+        assert summary.usage.completion_tokens > 0
+        assert summary.timings.queue_ns > 0
+        assert summary.timings.prefill_ns > 0
     await_idle(engine)
 
 

@@ -242,6 +242,24 @@ async def test_a_stop_string_ends_the_engines_call_before_the_last_message() -> 
     assert last.finishes[0].reason == generation_pb2.FINISH_REASON_STOP
 
 
+async def test_an_answer_that_a_stop_string_ended_tells_the_engines_first_times() -> None:
+    early = generation_pb2.Timings(queue_ns=3, prefill_ns=4, time_to_first_token_ns=7)
+    behaviour = play(
+        engine_pb2.EngineServiceGenerateResponse(
+            prompt_info=generation_pb2.PromptInfo(prompt_tokens=2),
+            deltas=[delta(ids_of(b"Hello"))],
+            first_token_timings=early,
+        ),
+        engine_pb2.EngineServiceGenerateResponse(deltas=[delta(ids_of(b"STOP"))]),
+    )
+    answer, source = await run(behaviour, options("STOP"))
+    timings = answer.summary.timings
+    assert (timings.queue_ns, timings.prefill_ns) == (3, 4)
+    assert timings.decode_ns > 0
+    assert timings.time_to_first_token_ns > early.time_to_first_token_ns  # the gateway's own
+    assert source.requests[0].cancels_at_stop_strings
+
+
 async def test_include_stop_keeps_the_string() -> None:
     asked = options("STOP", include_stop_in_output=True)
     answer, _ = await run(tell(ids_of(b"Hello", b" STO", b"P now")), asked)

@@ -1,4 +1,4 @@
-"""Device sampling against the host sampler: the same filters, the same uniform numbers."""
+"""Device sampling against the host sampler: the same filters, the same random numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def device_sampling(
 def test_same_ids_as_on_the_host(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
     repeats = 40 if device.type == "cuda" else 2
     rows = [
-        BatchRow((0,), position, (0,), True, options)
+        BatchRow((0,), position, (0,), True, options, prompt_key=position << 40)
         for position in range(repeats)
         for options in OPTIONS
     ]
@@ -52,10 +52,26 @@ def test_same_ids_as_on_the_host(vocab_size: int, dtype: torch.dtype, device: to
     ids = sampled.tolist()
     greedy = [i for i, row in enumerate(rows) if row.sampling.temperature == 0]
     assert [ids[i] for i in greedy] == [expected[i] for i in greedy]
-    # float32 sums on the device: a uniform number may fall on the other side of a border
-    different = sum(a != b for a, b in zip(ids, expected, strict=True))
-    assert different <= max(len(rows) // 100, 1), different
+    # float32 sums on the device: top-p may end one id earlier or later, which is seldom the drawn
+    different = [i for i, pair in enumerate(zip(ids, expected, strict=True)) if pair[0] != pair[1]]
+    assert all(rows[i].sampling.top_p < 1 for i in different)
+    assert len(different) <= len(rows) // 200
     assert len(set(ids)) > len(rows) // 4
+
+
+def test_the_noise_is_the_hosts_bit_by_bit_but_for_logarithms(device: torch.device) -> None:
+    """Where all logits are equal the largest of 5,003 numbers wins, whatever it is close to."""
+    rows = [
+        BatchRow((0,), position, (0,), True, SamplingOptions(1.0, top_k, 1.0, 0.0, 2**64 - 1 - key))
+        for position in (0, 1, 77, 2**20)
+        for key in (0, 1, 2**63)
+        for top_k in (0, 5002)  # in the first kernel, and behind a filter that drops nothing
+    ]
+    logits = torch.zeros(len(rows), 5003, dtype=torch.float16)
+    workspace = sampling.SamplingWorkspace(len(rows), 5003, device)
+    sampled = torch.zeros(len(rows), dtype=torch.int32, device=device)
+    sampling.choose(logits.to(device), device_sampling(rows, device), workspace, sampled)
+    assert sampled.tolist() == [result.token_id for result in sample(logits, rows)]
 
 
 # the interpreter warns of infinity - infinity, which the kernel leaves out afterwards

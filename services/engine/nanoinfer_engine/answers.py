@@ -67,6 +67,7 @@ class Answer:
                 for token in output.prompt_logprobs:
                     _add_logprob(message.prompt_info.prompt_logprobs, token)
             message.prompt_info.cached_tokens = self._num_cached_tokens
+            message.first_token_timings.CopyFrom(_first_token_timings(outputs[0]))
             self._is_first = False
         if self._num_live == 0:
             message.summary.CopyFrom(self._summary())
@@ -98,6 +99,15 @@ class Answer:
             tokenizer_fingerprint=self._model.tokenizer_fingerprint or b"",
             request_id=slowest.request_id,
         )
+
+
+def _first_token_timings(output: RequestOutput) -> generation_pb2.Timings:
+    phases = output.request.times.phases_to_first_token()
+    return generation_pb2.Timings(
+        queue_ns=phases.queue,
+        prefill_ns=phases.prefill,
+        time_to_first_token_ns=phases.total,
+    )
 
 
 def _finish(output: RequestOutput) -> generation_pb2.ChoiceFinish:

@@ -20,7 +20,8 @@ class BatchRow(NamedTuple):
     `block_ids` covers every position up to the end of this share, in order; array("i") is copied at
     once. With `samples` the logits of the last token are sampled; `masked_token_ids` may then not
     be chosen.
-    The sampled token's position is start + len(token_ids): the position of its random number.
+    The sampled token's position is start + len(token_ids): the position of its random numbers,
+    which depend on the seed and on `prompt_key` besides.
     `token_counts` is the request's own, read and not changed here; a row with penalties has it.
     `scored_token_ids` are the prompt ids that follow the first of `token_ids`, one each: the
     log-probabilities of those are asked for. A row may see blocks that another row of the same
@@ -40,6 +41,7 @@ class BatchRow(NamedTuple):
     scored_token_ids: tuple[int, ...] = ()
     source_row: int | None = None
     request_number: int = -1
+    prompt_key: int = 0
 
     @property
     def num_tokens(self) -> int:

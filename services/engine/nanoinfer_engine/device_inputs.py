@@ -21,11 +21,12 @@ from nanoinfer_engine.attention.paged import PagedPlan, PromptPlan
 from nanoinfer_engine.batch import BatchRow
 from nanoinfer_engine.kernels.prompts import query_tiles
 from nanoinfer_engine.kernels.sampling import DeviceSampling
+from nanoinfer_engine.randomness import row_keys
 from nanoinfer_engine.sampler import GREEDY_BELOW
 
 Ints = NDArray[np.int32]
 
-SAMPLING_FIELDS = 9
+SAMPLING_FIELDS = 10
 """Fields of a row that say how it chooses, as `DeviceSampling` has them."""
 
 
@@ -42,13 +43,12 @@ def block_tables(rows: Sequence[BatchRow], width: int) -> Ints:
 
 
 def device_sampling(fields: Tensor) -> DeviceSampling:
-    """Views of what `sampling_arrays` gave, [9, rows] int32 on the device."""
-    top_k, slot = fields[:2]
-    return DeviceSampling(top_k, slot, *fields[2:].view(torch.float32))
+    """Views of what `sampling_arrays` gave, [10, rows] int32 on the device."""
+    return DeviceSampling(*fields[:4], *fields[4:].view(torch.float32))
 
 
 def sampling_arrays(rows: Sequence[BatchRow], slots: Mapping[int, int]) -> Ints:
-    """[9, rows]: the fields of `DeviceSampling`, floats by their bits.
+    """[10, rows]: the fields of `DeviceSampling`, floats by their bits.
 
     `slots` has the rows that are shaped, by their index.
     """
@@ -56,33 +56,19 @@ def sampling_arrays(rows: Sequence[BatchRow], slots: Mapping[int, int]) -> Ints:
     arrays = np.zeros((SAMPLING_FIELDS, len(rows)), dtype=np.int32)
     arrays[0] = [each.top_k for each in options]
     arrays[1] = -1
-    floats = arrays[2:].view(np.float32)
+    floats = arrays[4:].view(np.float32)
     floats[0] = [each.temperature for each in options]
     floats[0][floats[0] < GREEDY_BELOW] = 0
     floats[1] = [each.top_p for each in options]
     floats[2] = [each.min_p for each in options]
     if floats[0].any():
-        seeds = np.array([each.seed & (2**64 - 1) for each in options], dtype=np.uint64)
-        floats[3] = uniforms(seeds, np.array([row.context_length for row in rows], dtype=np.uint64))
+        arrays[2:4] = row_keys(rows).view(np.int32)
     for index, slot in slots.items():
         own = options[index]
         arrays[1, index] = slot
         penalties = own.repetition_penalty, own.frequency_penalty, own.presence_penalty
-        floats[4:, index] = penalties
+        floats[3:, index] = penalties
     return arrays
-
-
-def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """`sampler.uniform` of each pair, rounded towards 0 so that it stays below 1."""
-    mixed = _splitmix64(_splitmix64(seeds) ^ positions)
-    return ((mixed >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
-
-
-def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
 
 
 def reads_new_blocks(rows: Sequence[BatchRow], block_size: int) -> set[int]:
@@ -121,7 +107,7 @@ class MixedLayout:
     equal_length: int | None
     sampled_rows: tuple[int, ...]
     sampled_tokens: Ints  # [sampled rows]
-    sampling: Ints  # [9, sampled rows]
+    sampling: Ints  # [10, sampled rows]
 
 
 def mixed_layout(

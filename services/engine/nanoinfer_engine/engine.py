@@ -34,7 +34,7 @@ from nanoinfer_engine.errors import (
     is_memory_error,
 )
 from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import Request, RequestOutput
+from nanoinfer_engine.request import FinishReason, Request, RequestOutput
 from nanoinfer_engine.scheduler import Scheduler
 from nanoinfer_engine.statistics import Snapshot, Statistics
 from nanoinfer_engine.stream import Stream, Streams
@@ -52,7 +52,8 @@ StartTask = Callable[[str, Callable[[], Awaitable[None]]], asyncio.Task[None]]
 @dataclass(frozen=True)
 class _Cancel:
     requests: tuple[Request, ...]
-    error: Exception | None = None
+    error: Exception | None
+    reason: FinishReason
 
 
 class Engine:
@@ -167,6 +168,7 @@ class Engine:
         if early := self._take_inbox() + self._scheduler.expire():
             self._publish(early)
         batch = self._scheduler.schedule()
+        self._statistics.record_started(self._scheduler.take_started())
         if batch is not None:
             self._publish_load()
         try:
@@ -234,7 +236,8 @@ class Engine:
             while self._inbox:
                 command = self._inbox.popleft()
                 if isinstance(command, _Cancel):
-                    ended = [self._scheduler.cancel(r, command.error) for r in command.requests]
+                    error, reason = command.error, command.reason
+                    ended = [self._scheduler.cancel(r, error, reason) for r in command.requests]
                     outputs += [output for output in ended if output is not None]
                 else:
                     self._statistics.record_accepted(command)
@@ -289,9 +292,14 @@ class Engine:
             raise QueueFullError(bound, min(max(seconds, _MIN_RETRY), _MAX_RETRY))
         return load
 
-    def _send_cancel(self, requests: tuple[Request, ...], error: Exception | None = None) -> None:
+    def _send_cancel(
+        self,
+        requests: tuple[Request, ...],
+        error: Exception | None = None,
+        reason: FinishReason = FinishReason.CANCELLED,
+    ) -> None:
         with self._condition:
-            self._inbox.append(_Cancel(requests, error))
+            self._inbox.append(_Cancel(requests, error, reason))
             self._condition.notify()
 
     def _deliver(self) -> None:

@@ -19,7 +19,13 @@ from nanoinfer_common.validation import Limits, RequestMetadata
 
 from nanoinfer_engine.capacity import Capacity
 from nanoinfer_engine.defaults import SamplingDefaults
-from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.request import (
+    Request,
+    RequestTimes,
+    SamplingOptions,
+    StoppingOptions,
+    prompt_key,
+)
 
 FEATURES = frozenset(
     {
@@ -141,7 +147,7 @@ class ServedModel:
         _check_choice(first, stopping)
         _check_scores(first, len(prompt))
         others = replace(first, num_prompt_logprobs=None)
-        arrived, num_bytes = time.monotonic_ns(), proto.ByteSize()
+        arrived, num_bytes, key = time.monotonic_ns(), proto.ByteSize(), prompt_key(prompt)
         return [
             Request(
                 request_id=metadata.request_id,
@@ -155,6 +161,7 @@ class ServedModel:
                 deadline=deadline,
                 cache_salt=proto.cache_salt if proto.HasField("cache_salt") else None,
                 num_bytes=num_bytes,
+                prompt_key=key,
             )
             for index in range(sampling.n if sampling.HasField("n") else 1)
         ]

@@ -28,7 +28,7 @@ from nanoinfer_engine.collectives import Rank
 from nanoinfer_engine.config import CheckpointError, EngineConfig
 from nanoinfer_engine.errors import RankError
 from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.runner import ModelRunner, default_threads
 
 REFUSALS = (CheckpointError, ValueError, OSError)
 """What a start can be refused with; it says by itself what is wrong."""
@@ -74,7 +74,7 @@ def join(config: EngineConfig, rank: Rank, store: TCPStore) -> EngineConfig:
         )
         return replace(config, device=str(device))
     dist.init_process_group("gloo", store=store, rank=rank.index, world_size=rank.size)
-    threads = config.num_threads or max(torch.get_num_threads() // rank.size, 1)
+    threads = config.num_threads or max(default_threads() // rank.size, 1)
     return replace(config, num_threads=threads)
 
 

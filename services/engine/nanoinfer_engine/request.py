@@ -8,9 +8,10 @@ none of it and receives immutable `RequestOutput` values instead.
 from __future__ import annotations
 
 import enum
+import hashlib
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from typing import NamedTuple
@@ -33,8 +34,9 @@ class SamplingOptions:
     """How the next token is chosen; every value resolved, none unset.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off, and so are a repetition
-    penalty of 1 and the other penalties of 0. The random number of a token depends on `seed` and
-    its position alone, never on the batch it runs in. `allowed_token_ids` None allows all.
+    penalty of 1 and the other penalties of 0. The random numbers of a token depend on `seed`, the
+    prompt and its position alone, never on the batch it runs in. `allowed_token_ids` None allows
+    all.
     `num_logprobs` None means no log-probabilities, 0 the sampled token's only; the same for those
     of the prompt. `logprob_token_ids` are reported wherever log-probabilities are.
     """
@@ -135,6 +137,12 @@ class TokenCounts:
         self.num_counted += 1
 
 
+def prompt_key(token_ids: Sequence[int]) -> int:
+    """A 64-bit hash of a prompt: one seed draws other numbers for another prompt."""
+    digest = hashlib.blake2b(array("q", token_ids), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 @dataclass(frozen=True)
 class Phases:
     """Nanoseconds spent in each phase; `queue + prefill + decode` is `total`."""
@@ -170,6 +178,10 @@ class RequestTimes:
         first_token = end if self.first_token is None else self.first_token
         return Phases(scheduled - self.arrived, first_token - scheduled, end - first_token)
 
+    def phases_to_first_token(self) -> Phases:
+        """The phases of a request that has its first token, without its decode."""
+        return replace(self, finished=self.first_token).phases()
+
 
 @dataclass(eq=False)
 class Request:
@@ -180,6 +192,7 @@ class Request:
     steps that have not ended, and `num_unread_tokens` ids are sampled there that nobody knows yet.
     `deadline` is in monotonic nanoseconds. `events` are names (preempted, resumed) with monotonic
     nanoseconds, at most MAX_EVENTS. `number` is another one for every request of the process.
+    `prompt_key` is that of the prompt, hashed once and shared by all completions.
     `token_counts` is there where penalties are; `prompt_logprobs` has one entry for each prompt
     token but the first, as far as they are computed, where they are asked for.
     `block_names` names the contents of full blocks in order; `num_cached_tokens` says how many
@@ -200,6 +213,7 @@ class Request:
     deadline: int | None = None
     cache_salt: str | None = None
     num_bytes: int = 0
+    prompt_key: int = 0
     number: int = field(default_factory=count().__next__)
     # owned by the scheduler
     arrival_number: int = 0

@@ -44,6 +44,7 @@ def _make_row(request: Request, num_tokens: int, block_size: int, last_row: int 
         () if sampling.num_prompt_logprobs is None else request.scored_token_ids(start, stop),
         last_row if stop > num_known else None,
         request.number,
+        request.prompt_key,
     )
 
 

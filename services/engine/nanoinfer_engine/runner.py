@@ -6,6 +6,7 @@ block ownership. Not thread-safe: one thread calls it.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from nanoinfer_engine.batch import Batch, BatchRow, FinishedStep, RowResult, Ste
 from nanoinfer_engine.checkpoints import Checkpoint, open_checkpoint
 from nanoinfer_engine.collectives import ALONE, Rank
 from nanoinfer_engine.config import EngineConfig, ModelConfig
+from nanoinfer_engine.cpus import usable_cpus
 from nanoinfer_engine.inputs import build_inputs
 from nanoinfer_engine.kv_cache import KVCache, num_blocks_for, stored_dtype
 from nanoinfer_engine.logprobs import score_prompts
@@ -32,7 +34,14 @@ from nanoinfer_engine.weights import load_weights
 if TYPE_CHECKING:
     from nanoinfer_engine.device_steps import DeviceSteps
 
+_LOG = logging.getLogger(__name__)
+
 ATTENTION_BACKEND = "reference"
+
+
+def default_threads() -> int:
+    """Threads of a step where no number is asked for: torch's own, within the usable CPUs."""
+    return min(torch.get_num_threads(), usable_cpus())
 
 
 class ModelRunner:
@@ -52,8 +61,8 @@ class ModelRunner:
         Raises CheckpointError for a checkpoint that cannot be served and ValueError for a
         configuration that contradicts it or itself.
         """
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        torch.set_num_threads(config.num_threads or default_threads())
+        _LOG.info("a step has %d threads", torch.get_num_threads())
         device = _device(config.device)
         check_device(config, device)
         checkpoint = checkpoint or open_checkpoint(config.model_path)

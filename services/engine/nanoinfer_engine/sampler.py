@@ -5,9 +5,9 @@ over what top-k left, min-p relative to the likeliest id. Each filter is a thres
 so ids that tie at the border stay together and no order among them is invented. Log-probabilities
 are those before all of it.
 
-Randomness is counter-based: the uniform number of a token is a hash of its request's seed and its
-position, and the token is where the cumulative distribution, in id order, passes it. Neither the
-other rows of the batch nor the device take part.
+One id of what is left is drawn by an exponential race (the Gumbel-max trick): each id has an
+exponential number of its own (`randomness`), and the id with the largest weight / number wins. No
+id depends on those before it, so logits that differ by rounding seldom change a draw.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanoinfer_engine.batch import BatchRow
 from nanoinfer_engine.errors import SamplingError, is_device_error
 from nanoinfer_engine.logprobs import score
+from nanoinfer_engine.randomness import Words, exponentials, row_keys
 from nanoinfer_engine.request import SampledToken
 from nanoinfer_engine.shaping import shape
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them would leave float32."""
 
-_MASK64 = (1 << 64) - 1
+_RACE_SIZE = 1 << 18  # weights raced at once: what the caches hold
+_FEW = 4  # kept ids are picked out where they are fewer than one in so many
 
 
 def sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken | Exception]:
@@ -46,20 +49,6 @@ def sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken | Exce
             sample(logits[index : index + 1], rows[index : index + 1])[0]
             for index in range(len(rows))
         ]
-
-
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that belongs to (seed, position): two rounds of SplitMix64."""
-    mixed = _splitmix64(_splitmix64(seed & _MASK64) ^ (position & _MASK64))
-    return (mixed >> 11) * 2.0**-53
-
-
-def _splitmix64(state: int) -> int:
-    """Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014)."""
-    state = (state + 0x9E3779B97F4A7C15) & _MASK64
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return state ^ (state >> 31)
 
 
 def _sample(logits: Tensor, rows: Sequence[BatchRow]) -> list[SampledToken]:
@@ -87,7 +76,7 @@ def _select(values: Tensor, indices: list[int]) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Sequence[BatchRow]) -> list[int]:
-    """Inverse-CDF draw from each row's filtered distribution."""
+    """One id of each row's filtered distribution."""
     temperatures = torch.tensor([[row.sampling.temperature] for row in rows])
     scaled = logits / temperatures
     scaled -= scaled.amax(dim=-1, keepdim=True)
@@ -95,13 +84,25 @@ def _draw(logits: Tensor, rows: Sequence[BatchRow]) -> list[int]:
     threshold = _threshold(scaled, weights, rows)
     if threshold is not None:
         weights.masked_fill_(scaled < threshold, 0)
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    totals = cumulative[:, -1:]
-    numbers = [[uniform(row.sampling.seed, row.context_length)] for row in rows]
-    targets = torch.tensor(numbers, dtype=torch.float64) * totals
-    # a product that rounds up to the total would fall behind the last id
-    targets = torch.minimum(targets, torch.nextafter(totals, torch.zeros_like(totals)))
-    token_ids: list[int] = torch.searchsorted(cumulative, targets, right=True)[:, 0].tolist()
+    keys = row_keys(rows)
+    count = max(_RACE_SIZE // weights.shape[-1], 1)
+    token_ids: list[int] = []
+    for first in range(0, len(rows), count):
+        last = first + count
+        token_ids += _race(weights[first:last], keys[:, first:last])
+    return token_ids
+
+
+def _race(weights: Tensor, keys: Words) -> list[int]:
+    """Each row's winner; `weights` is divided in place. Ids without a weight take no number."""
+    vocab_size = weights.shape[-1]
+    kept = weights > 0
+    if int(kept.count_nonzero()) < kept.numel() // _FEW:
+        rows, ids = (each.numpy() for each in kept.nonzero(as_tuple=True))
+        weights[kept] /= exponentials(keys[:, rows], ids.astype(np.uint32))
+    else:
+        weights /= exponentials(keys[:, :, None], np.arange(vocab_size, dtype=np.uint32))
+    token_ids: list[int] = weights.argmax(dim=-1).tolist()
     return token_ids
 
 

@@ -48,6 +48,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: dict[Request, None] = {}  # a set that keeps its order
         self._in_flight = StepsInFlight()
+        self._started: list[Request] = []
         self._num_arrived = 0
         self._limit = StepLimit(config.max_batch_tokens)
 
@@ -72,12 +73,21 @@ class Scheduler:
         request.num_waiting_at_arrival = len(self._waiting)
         self._waiting.add(request)
 
-    def cancel(self, request: Request, error: Exception | None = None) -> RequestOutput | None:
-        """End a request now, with `error` if one is to blame; None if it has ended already."""
-        reason = FinishReason.ERROR if error else FinishReason.CANCELLED
+    def cancel(
+        self,
+        request: Request,
+        error: Exception | None = None,
+        reason: FinishReason = FinishReason.CANCELLED,
+    ) -> RequestOutput | None:
+        """End a request now for `reason`, or with `error`; None if it has ended already."""
         if request not in self._running and request not in self._waiting:
             return None
-        return self._end(request, reason, error)
+        return self._end(request, FinishReason.ERROR if error else reason, error)
+
+    def take_started(self) -> list[Request]:
+        """The requests that were granted their first tokens since the last call."""
+        started, self._started = self._started, []
+        return started
 
     def fail_running(self, error: Exception) -> list[RequestOutput]:
         """End everything that has been granted tokens, because a step failed as a whole."""
@@ -242,6 +252,7 @@ class Scheduler:
             now = self._clock()
             if request.times.scheduled is None:
                 request.times.scheduled = now
+                self._started.append(request)
                 self._waiting.charge(request, request.num_pending_tokens)
             else:
                 request.add_event("resumed", now)

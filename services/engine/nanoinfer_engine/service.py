@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -20,6 +20,7 @@ from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common import errors, names, tasks, telemetry
 from nanoinfer_common.eos import eos_token_ids
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
+from nanoinfer_common.interceptors import DEADLINE_SLACK_SECONDS
 from nanoinfer_common.model_paths import unservable
 from nanoinfer_common.server import ServiceStatus, StartError
 from nanoinfer_common.stream_writes import StreamWriter, WriteSlots
@@ -41,6 +42,7 @@ from nanoinfer_engine.loading import show_loading
 from nanoinfer_engine.messages import ServedModel, prompt_ids
 from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
 from nanoinfer_engine.progress import Progress
+from nanoinfer_engine.request import FinishReason, Request
 from nanoinfer_engine.settings import EngineSettings
 from nanoinfer_engine.statuses import failure, refusal_status
 from nanoinfer_engine.stream import Stream
@@ -162,7 +164,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         try:
             await self._send(stream, Answer(stream, model), context)
         finally:
-            stream.close()
+            stream.close(_reason(request, requests))
             telemetry.add_to_log_line(
                 tenant=metadata.tenant or "",
                 prompt_tokens=len(requests[0].prompt_token_ids),
@@ -286,3 +288,19 @@ def _check_eos(token_ids: tuple[int, ...], vocab_size: int) -> None:
             f"EOS {token_ids[-1]} (of generation_config.json, config.json or the tokenizer) is"
             f" outside the model's vocabulary of {vocab_size}"
         )
+
+
+def _reason(
+    proto: engine_pb2.EngineServiceGenerateRequest, requests: Sequence[Request]
+) -> FinishReason:
+    """Why a call that ends before its completions have ended does so.
+
+    A deadline reaches the server as a cancel of the client's, often before its own clock is due.
+    """
+    deadline, slack = requests[0].deadline, int(DEADLINE_SLACK_SECONDS * 1e9)
+    if deadline is not None and time.monotonic_ns() >= deadline - slack:
+        return FinishReason.DEADLINE
+    all_began = all(request.times.first_token is not None for request in requests)
+    if proto.cancels_at_stop_strings and all_began:
+        return FinishReason.STOP
+    return FinishReason.CANCELLED

@@ -50,7 +50,13 @@ class EngineSettings(ServiceSettings):
     tensor_parallel: int = Field(
         1, ge=1, description="Devices that share the model; threads and memory are each one's."
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="Threads of a step on the CPU.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Threads of a step on the CPU; as many as affinity and the control group's CPU"
+        " quota allow.",
+    )
     kv_cache_memory: ByteSize | None = Field(
         None,
         gt=0,

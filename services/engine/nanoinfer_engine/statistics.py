@@ -92,6 +92,12 @@ class Statistics:
         self._histograms["choices"].observe(len(requests))
         self._histograms["max_tokens"].observe(requests[0].stopping.max_tokens)
 
+    def record_started(self, requests: Sequence[Request]) -> None:
+        """Count the wait of requests that have been granted their first tokens."""
+        for request in requests:
+            waited = (request.times.scheduled or 0) - request.times.arrived
+            self._histograms["queue"].observe(waited * NANOSECONDS)
+
     def record_step(self, step: EndedStep) -> None:
         """Count one step."""
         batch, timing = step.batch, step.timing
@@ -139,6 +145,9 @@ class Statistics:
         self._counters["completion_tokens"] += 1
         if request.times.token_gap is None:
             self._record_prompt(request)
+            phases = request.times.phases_to_first_token()
+            self._histograms["time_to_first_token"].observe(phases.total * NANOSECONDS)
+            self._histograms["prefill"].observe(phases.prefill * NANOSECONDS)
         else:
             self._histograms["inter_token"].observe(request.times.token_gap * NANOSECONDS)
 
@@ -152,15 +161,13 @@ class Statistics:
             self._counters["cache_hits"] += request.num_cached_tokens
 
     def _record_end(self, request: Request, reason: FinishReason) -> None:
+        """Count an end, and what only a whole completion tells; its beginning is counted before."""
         self._finished[reason] += 1
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         phases = request.times.phases()
         num_tokens = len(request.completion_token_ids)
         observations = {
-            "time_to_first_token": (phases.queue + phases.prefill) * NANOSECONDS,
-            "queue": phases.queue * NANOSECONDS,
-            "prefill": phases.prefill * NANOSECONDS,
             "decode": phases.decode * NANOSECONDS,
             "inference": (phases.prefill + phases.decode) * NANOSECONDS,
             "end_to_end": phases.total * NANOSECONDS,

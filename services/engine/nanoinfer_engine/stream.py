@@ -29,9 +29,14 @@ _TICK_SECONDS = 1e-3  # what the event loop's clock and timers (uvloop's) may be
 
 
 class Cancel(Protocol):
-    """How a stream tells the engine to end requests, with an error if one is to blame."""
+    """How a stream tells the engine to end requests, for a reason or with an error to blame."""
 
-    def __call__(self, requests: tuple[Request, ...], error: Exception | None = None) -> None:
+    def __call__(
+        self,
+        requests: tuple[Request, ...],
+        error: Exception | None = None,
+        reason: FinishReason = FinishReason.CANCELLED,
+    ) -> None:
         """End `requests` before the next outputs."""
 
 
@@ -155,14 +160,14 @@ class Stream:
         """Call `callback` once the engine has let go of every request: their blocks are free."""
         self._ended.add_done_callback(lambda _: callback(self))
 
-    def close(self) -> None:
-        """Stop reading: what is live is cancelled, what is buffered is dropped. Idempotent."""
+    def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """Stop reading: what is live ends for `reason`, what is buffered is dropped. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._drop()
         if self.is_live:
-            self._cancel(self.requests)
+            self._cancel(self.requests, reason=reason)
 
     def _drop(self) -> None:
         self._buffer.clear()

@@ -25,6 +25,7 @@ from nanoinfer_engine.request import (
     SampledToken,
     SamplingOptions,
     StoppingOptions,
+    prompt_key,
 )
 from nanoinfer_engine.runner import ModelRunner
 from nanoinfer_engine.scheduler import Scheduler
@@ -102,6 +103,7 @@ class Job:
             tuple(self.blocks[: -(-stop // block_size)]),
             samples=stop == len(self.tokens),
             sampling=self.sampling,
+            prompt_key=prompt_key(self.prompt),
         )
 
 
@@ -146,7 +148,8 @@ def generate(
     for index, prompt in enumerate(prompts):
         stopping = StoppingOptions(num_tokens, 0, frozenset(), frozenset(), False)
         options = replace(sampling, seed=sampling.seed + index)
-        request = Request(str(index), 0, prompt, options, stopping, RequestTimes(arrived=0))
+        times, key = RequestTimes(arrived=0), prompt_key(prompt)
+        request = Request(str(index), 0, prompt, options, stopping, times, prompt_key=key)
         scheduler.add(request)
         tokens[request.request_id] = []
     while scheduler.has_work or pipeline.is_busy:

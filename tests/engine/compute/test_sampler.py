@@ -12,7 +12,7 @@ import torch
 from nanoinfer_engine.batch import BatchRow
 from nanoinfer_engine.errors import SamplingError
 from nanoinfer_engine.request import SampledToken, SamplingOptions
-from nanoinfer_engine.sampler import sample, uniform
+from nanoinfer_engine.sampler import sample
 from scipy import stats
 
 PLAIN = SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
@@ -101,18 +101,7 @@ def test_distribution_over_a_wide_vocabulary(filters: dict[str, object]) -> None
     assert_distribution(logits, row(seed=12, **filters), 20_000)
 
 
-def test_uniform_numbers_are_uniform_over_positions_and_over_seeds() -> None:
-    by_position = [uniform(7, position) for position in range(20_000)]
-    by_seed = [uniform(seed, 7) for seed in range(20_000)]
-    for numbers in (by_position, by_seed):
-        assert stats.kstest(numbers, "uniform").pvalue > 1e-3
-        assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03
-    assert abs(np.corrcoef(by_position, by_seed)[0, 1]) < 0.03
-    assert len({uniform(2**64 - 1 - seed, 2**40) for seed in range(1000)}) == 1000
-    assert all(0 <= number < 1 for number in by_position)
-
-
-def test_a_draw_depends_on_seed_and_position_alone() -> None:
+def test_a_draw_depends_on_no_other_row_of_the_batch() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(64, 3000, generator=generator)
     kinds: list[dict[str, object]] = [

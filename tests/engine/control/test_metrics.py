@@ -7,6 +7,7 @@ import urllib.request
 
 import grpc
 import pytest
+from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_engine.statistics import Histogram
 from prometheus_client.parser import text_string_to_metric_families
@@ -143,6 +144,99 @@ async def test_accepted_is_success_and_error_and_cancelled(start_fake: StartFake
         assert values["nanoinfer_engine_accepted_total"] == sum(outcomes.values())
         assert values["vllm:admission_rejections_total:max_num_queued_reqs"] == 1
         assert values["vllm:request_params_n_count"] == 3
+
+
+def counts(values: dict[str, float]) -> dict[str, int]:
+    """Observations of the histograms, the outcomes of requests and the reasons of successes."""
+    names = ("time_to_first_token", "request_queue_time", "request_prefill_time")
+    whole = ("request_decode_time", "request_inference_time", "e2e_request_latency")
+    found = {name: int(values[f"vllm:{name}_seconds_count"]) for name in (*names, *whole)}
+    for outcome in ("success", "error", "cancelled"):
+        found[outcome] = int(values[f"nanoinfer_engine_requests_total:{outcome}"])
+    for reason in ("stop", "length"):
+        found[reason] = int(values[f"vllm:request_success_total:{reason}"])
+    return {name: count for name, count in found.items() if count}
+
+
+BEGUN = dict.fromkeys(("time_to_first_token", "request_queue_time", "request_prefill_time"), 1)
+WHOLE = dict.fromkeys(("request_decode_time", "request_inference_time", "e2e_request_latency"), 1)
+
+
+async def settled(engine: Engine) -> dict[str, int]:
+    """The counts once every accepted completion has ended in the published snapshot."""
+    while True:
+        _, values = await scrape(engine)
+        found = counts(values)
+        ended = sum(found.get(name, 0) for name in ("success", "error", "cancelled"))
+        if ended == values["nanoinfer_engine_accepted_total"] > 0:
+            return found
+        await asyncio.sleep(0.01)
+
+
+async def test_a_cancel_after_a_stop_string_is_a_success_with_all_its_times(
+    start_fake: StartFake,
+) -> None:
+    async with start_fake(FakeRunner(step_seconds=0.005), metrics_port=0) as engine:
+        call = engine.call(cancels_at_stop_strings=True)
+        await call.read()
+        call.cancel()
+        assert await settled(engine) == BEGUN | WHOLE | {"success": 1, "stop": 1}
+
+
+@pytest.mark.matrix("R42")
+async def test_a_clients_cancel_has_the_times_that_it_reached(start_fake: StartFake) -> None:
+    async with start_fake(FakeRunner(step_seconds=0.005), metrics_port=0) as engine:
+        call = engine.call()
+        await call.read()
+        call.cancel()
+        assert await settled(engine) == BEGUN | {"cancelled": 1}
+
+
+async def test_no_stop_string_ends_a_call_before_its_first_token(start_fake: StartFake) -> None:
+    runner = FakeRunner()
+    runner.gate.clear()
+    async with start_fake(runner, metrics_port=0) as engine:
+        call = engine.call(cancels_at_stop_strings=True)
+        await engine.until(lambda load: load.running_requests == 1)
+        call.cancel()
+        await call.code()
+        # the cancel is in the engine's inbox before the step ends
+        await engine.stub.GetServerInfo(engine_pb2.EngineServiceGetServerInfoRequest())
+        runner.gate.set()
+        assert await settled(engine) == {"request_queue_time": 1, "cancelled": 1}
+
+
+async def test_the_queue_time_of_a_request_that_fails_in_its_prefill_is_there(
+    start_fake: StartFake,
+) -> None:
+    runner = FakeRunner()
+    runner.fail_row = lambda row: ValueError() if row.start else None
+    async with start_fake(runner, metrics_port=0, max_batch_tokens=8, max_batch_requests=8) as one:
+        await one.refused(one.generate(list(range(10, 40)), stopping=TEN))
+        assert await settled(one) == {"request_queue_time": 1, "error": 1}
+
+
+async def test_a_clients_deadline_is_no_cancel(start_fake: StartFake) -> None:
+    runner = FakeRunner(step_seconds=0.01)
+    async with start_fake(runner, metrics_port=0, max_waiting_requests=12) as engine:
+        request = engine_pb2.EngineServiceGenerateRequest(prompt=pb.TokenIds(ids=[11, 12]))
+        calls = [engine.stub.Generate(request, timeout=0.2 + i * 3e-3) for i in range(12)]
+        for call in calls:
+            assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        found = await settled(engine)
+        assert (found.get("error"), found.get("cancelled")) == (12, None)
+
+
+async def test_the_first_message_tells_the_times_up_to_the_first_token(
+    start_fake: StartFake,
+) -> None:
+    async with start_fake(FakeRunner(step_seconds=0.005)) as engine:
+        answer = await engine.generate(stopping=TEN)
+        first, summary = answer.messages[0].first_token_timings, answer.summary.timings
+        assert (first.queue_ns, first.prefill_ns) == (summary.queue_ns, summary.prefill_ns)
+        assert first.time_to_first_token_ns == first.queue_ns + first.prefill_ns
+        assert first.prefill_ns > 5_000_000
+        assert not any(m.HasField("first_token_timings") for m in answer.messages[1:])
 
 
 async def test_a_scrape_waits_for_no_step(start_fake: StartFake) -> None:

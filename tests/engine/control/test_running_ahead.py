@@ -216,3 +216,29 @@ def test_random_loads_under_memory_pressure(seed: int, prefix_caching: bool) -> 
             assert given == wanted
     assert loop.scheduler.load.kv_usage == 0
     assert loop.runner.num_ahead > 0
+
+
+def test_a_step_may_be_lost_at_any_moment_under_preemption() -> None:
+    """At some moments a request has just been preempted while a token of it is in flight."""
+    num_unread_while_waiting = 0
+    for moment in range(1, 60):
+        loop = Loop(num_blocks=12)
+        requests = [make_request([11 + i] * 8, max_tokens=30) for i in range(2)]
+        loop.add(*requests)
+        for _ in range(moment):
+            loop.step()
+        batch = loop.scheduler.schedule()
+        if batch is None:
+            break
+        waiting = [request for request in requests if request in loop.scheduler._waiting]
+        num_unread_while_waiting += sum(request.num_unread_tokens for request in waiting)
+        loop.runner.fail_step = MemoryError("no room for this step")
+        with pytest.raises(MemoryError):
+            loop.pipeline.advance(batch)
+        assert loop.scheduler.retry_smaller()
+        loop.run()
+        for request in requests:
+            wanted = expected_tokens(list(request.prompt_token_ids), 30)
+            assert request.completion_token_ids == wanted, moment
+        assert loop.scheduler.load.kv_usage == 0
+    assert num_unread_while_waiting > 0

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common.server import StartError, running
+from nanoinfer_engine.request import prompt_key
 from nanoinfer_engine.service import EngineService
 from nanoinfer_engine.settings import EngineSettings
 
@@ -49,6 +50,17 @@ async def test_several_completions_use_consecutive_seeds_in_one_stream(fake: Eng
         assert answer.tokens(index) == expected_tokens([11, 12, 13], 10, seed)
     assert answer.summary.usage.prompt_tokens == 3
     assert answer.summary.usage.completion_tokens == 40
+
+
+async def test_all_completions_of_a_prompt_draw_by_its_key(fake: Engine) -> None:
+    async def keys(prompt: list[int], **fields: object) -> set[int]:
+        fake.runner.batches.clear()
+        await fake.generate(prompt, sampling=pb.SamplingParams(seed=5, n=3), stopping=TEN, **fields)
+        return {row.prompt_key for batch in fake.runner.batches for row in batch.rows}
+
+    assert await keys([11, 12, 13]) == {prompt_key((11, 12, 13))}
+    assert await keys([11, 12, 14]) == {prompt_key((11, 12, 14))}
+    assert await keys([10, 11, 12, 13], truncate_prompt_tokens=3) == {prompt_key((11, 12, 13))}
 
 
 async def test_a_message_has_one_delta_for_an_index(start_fake: StartFake) -> None:

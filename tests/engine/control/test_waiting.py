@@ -108,3 +108,33 @@ def test_counters_of_tenants_that_left_do_not_pile_up() -> None:
         queue.take(request)
         queue.charge(request, 5)
     assert len(queue._served) <= waiting.MAX_COUNTERS + 1
+
+
+def waiting_queue(**served: int) -> tuple[WaitingQueue, dict[str, Request]]:
+    """A request of each tenant, which has been served so much; all wait for the first time."""
+    queue, requests = WaitingQueue(), {}
+    for number, (tenant, num_tokens) in enumerate(served.items()):
+        requests[tenant] = make_request(tenant=tenant)
+        requests[tenant].arrival_number = number
+        queue.add(requests[tenant])
+        queue.charge(requests[tenant], num_tokens)
+    return queue, requests
+
+
+def test_a_request_that_ran_before_starts_before_fairness_is_asked() -> None:
+    queue, requests = waiting_queue(idle=0, busy=1000)
+    assert queue.first is requests["idle"]
+    requests["busy"].times.scheduled = 1  # preempted: what it computed would be lost twice
+    assert queue.first is requests["busy"]
+
+
+def test_the_level_of_newcomers_does_not_fall_when_one_with_less_is_served() -> None:
+    queue, requests = waiting_queue(busy=500, idle=0)
+    requests["busy"].times.scheduled = 1
+    queue.take(requests["busy"])
+    queue.take(requests["idle"])  # waited all along, at a lower level
+    again, newcomer = make_request(tenant="busy"), make_request(tenant="newcomer")
+    again.arrival_number, newcomer.arrival_number = 5, 6
+    queue.add(again)
+    queue.add(newcomer)
+    assert queue.first is again

@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from nanoinfer.v1 import generation_pb2 as nanoinfer_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19nanoinfer/v1/engine.proto\x12\x0cnanoinfer.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1dnanoinfer/v1/generation.proto\"\xba\x04\n\x1c\x45ngineServiceGenerateRequest\x12,\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.nanoinfer.v1.TokenIdsB\x04\xe2\x41\x01\x02\x12\x34\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.nanoinfer.v1.SamplingParamsB\x04\xe2\x41\x01\x01\x12\x34\n\x08stopping\x18\x03 \x01(\x0b\x32\x1c.nanoinfer.v1.StoppingParamsB\x04\xe2\x41\x01\x01\x12\x35\n\x08response\x18\x04 \x01(\x0b\x32\x1d.nanoinfer.v1.ResponseOptionsB\x04\xe2\x41\x01\x01\x12?\n\x11structured_output\x18\x05 \x01(\x0b\x32\x1e.nanoinfer.v1.StructuredOutputB\x04\xe2\x41\x01\x01\x12\x1d\n\nrequest_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x18\n\x05model\x18\x07 \x01(\tB\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12)\n\x16truncate_prompt_tokens\x18\x08 \x01(\rB\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x1d\n\ncache_salt\x18\t \x01(\tB\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12(\n\x15tokenizer_fingerprint\x18\n \x01(\x0c\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x42\r\n\x0b_request_idB\x08\n\x06_modelB\x19\n\x17_truncate_prompt_tokensB\r\n\x0b_cache_saltB\x18\n\x16_tokenizer_fingerprint\"\xd8\x01\n\x1d\x45ngineServiceGenerateResponse\x12-\n\x0bprompt_info\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.PromptInfo\x12(\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x18.nanoinfer.v1.TokenDelta\x12,\n\x08\x66inishes\x18\x03 \x03(\x0b\x32\x1a.nanoinfer.v1.ChoiceFinish\x12\x30\n\x07summary\x18\x04 \x01(\x0b\x32\x1f.nanoinfer.v1.GenerationSummary\"\\\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.nanoinfer.v1.TokenLogprob\"\"\n EngineServiceGetModelInfoRequest\"K\n!EngineServiceGetModelInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.nanoinfer.v1.ModelInfo\"\x1d\n\x1b\x45ngineServiceGetLoadRequest\"F\n\x1c\x45ngineServiceGetLoadResponse\x12&\n\x04load\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.EngineLoad\"\x1f\n\x1d\x45ngineServiceWatchLoadRequest\"a\n\x1e\x45ngineServiceWatchLoadResponse\x12&\n\x04load\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.EngineLoad\x12\x17\n\x0fmax_interval_ms\x18\x02 \x01(\r\"\xae\x01\n\nEngineLoad\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x03 \x01(\x01\x12\x1d\n\x15waiting_prompt_tokens\x18\x04 \x01(\x04\x12\x35\n\x0f\x61\x64mission_state\x18\x05 \x01(\x0e\x32\x1c.nanoinfer.v1.AdmissionState\"#\n!EngineServiceGetServerInfoRequest\"N\n\"EngineServiceGetServerInfoResponse\x12(\n\x06server\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.ServerInfo*\x81\x01\n\x0e\x41\x64missionState\x12\x1f\n\x1b\x41\x44MISSION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44MISSION_STATE_OPEN\x10\x01\x12\x18\n\x14\x41\x44MISSION_STATE_FULL\x10\x02\x12\x1a\n\x16\x41\x44MISSION_STATE_CLOSED\x10\x03\x32\xa7\x04\n\rEngineService\x12\x65\n\x08Generate\x12*.nanoinfer.v1.EngineServiceGenerateRequest\x1a+.nanoinfer.v1.EngineServiceGenerateResponse0\x01\x12o\n\x0cGetModelInfo\x12..nanoinfer.v1.EngineServiceGetModelInfoRequest\x1a/.nanoinfer.v1.EngineServiceGetModelInfoResponse\x12`\n\x07GetLoad\x12).nanoinfer.v1.EngineServiceGetLoadRequest\x1a*.nanoinfer.v1.EngineServiceGetLoadResponse\x12h\n\tWatchLoad\x12+.nanoinfer.v1.EngineServiceWatchLoadRequest\x1a,.nanoinfer.v1.EngineServiceWatchLoadResponse0\x01\x12r\n\rGetServerInfo\x12/.nanoinfer.v1.EngineServiceGetServerInfoRequest\x1a\x30.nanoinfer.v1.EngineServiceGetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19nanoinfer/v1/engine.proto\x12\x0cnanoinfer.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1dnanoinfer/v1/generation.proto\"\xe1\x04\n\x1c\x45ngineServiceGenerateRequest\x12,\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.nanoinfer.v1.TokenIdsB\x04\xe2\x41\x01\x02\x12\x34\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.nanoinfer.v1.SamplingParamsB\x04\xe2\x41\x01\x01\x12\x34\n\x08stopping\x18\x03 \x01(\x0b\x32\x1c.nanoinfer.v1.StoppingParamsB\x04\xe2\x41\x01\x01\x12\x35\n\x08response\x18\x04 \x01(\x0b\x32\x1d.nanoinfer.v1.ResponseOptionsB\x04\xe2\x41\x01\x01\x12?\n\x11structured_output\x18\x05 \x01(\x0b\x32\x1e.nanoinfer.v1.StructuredOutputB\x04\xe2\x41\x01\x01\x12\x1d\n\nrequest_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x18\n\x05model\x18\x07 \x01(\tB\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12)\n\x16truncate_prompt_tokens\x18\x08 \x01(\rB\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x1d\n\ncache_salt\x18\t \x01(\tB\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12(\n\x15tokenizer_fingerprint\x18\n \x01(\x0c\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12%\n\x17\x63\x61ncels_at_stop_strings\x18\x0b \x01(\x08\x42\x04\xe2\x41\x01\x01\x42\r\n\x0b_request_idB\x08\n\x06_modelB\x19\n\x17_truncate_prompt_tokensB\r\n\x0b_cache_saltB\x18\n\x16_tokenizer_fingerprint\"\x8c\x02\n\x1d\x45ngineServiceGenerateResponse\x12-\n\x0bprompt_info\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.PromptInfo\x12(\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32\x18.nanoinfer.v1.TokenDelta\x12,\n\x08\x66inishes\x18\x03 \x03(\x0b\x32\x1a.nanoinfer.v1.ChoiceFinish\x12\x30\n\x07summary\x18\x04 \x01(\x0b\x32\x1f.nanoinfer.v1.GenerationSummary\x12\x32\n\x13\x66irst_token_timings\x18\x05 \x01(\x0b\x32\x15.nanoinfer.v1.Timings\"\\\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.nanoinfer.v1.TokenLogprob\"\"\n EngineServiceGetModelInfoRequest\"K\n!EngineServiceGetModelInfoResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.nanoinfer.v1.ModelInfo\"\x1d\n\x1b\x45ngineServiceGetLoadRequest\"F\n\x1c\x45ngineServiceGetLoadResponse\x12&\n\x04load\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.EngineLoad\"\x1f\n\x1d\x45ngineServiceWatchLoadRequest\"a\n\x1e\x45ngineServiceWatchLoadResponse\x12&\n\x04load\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.EngineLoad\x12\x17\n\x0fmax_interval_ms\x18\x02 \x01(\r\"\xae\x01\n\nEngineLoad\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x03 \x01(\x01\x12\x1d\n\x15waiting_prompt_tokens\x18\x04 \x01(\x04\x12\x35\n\x0f\x61\x64mission_state\x18\x05 \x01(\x0e\x32\x1c.nanoinfer.v1.AdmissionState\"#\n!EngineServiceGetServerInfoRequest\"N\n\"EngineServiceGetServerInfoResponse\x12(\n\x06server\x18\x01 \x01(\x0b\x32\x18.nanoinfer.v1.ServerInfo*\x81\x01\n\x0e\x41\x64missionState\x12\x1f\n\x1b\x41\x44MISSION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44MISSION_STATE_OPEN\x10\x01\x12\x18\n\x14\x41\x44MISSION_STATE_FULL\x10\x02\x12\x1a\n\x16\x41\x44MISSION_STATE_CLOSED\x10\x03\x32\xa7\x04\n\rEngineService\x12\x65\n\x08Generate\x12*.nanoinfer.v1.EngineServiceGenerateRequest\x1a+.nanoinfer.v1.EngineServiceGenerateResponse0\x01\x12o\n\x0cGetModelInfo\x12..nanoinfer.v1.EngineServiceGetModelInfoRequest\x1a/.nanoinfer.v1.EngineServiceGetModelInfoResponse\x12`\n\x07GetLoad\x12).nanoinfer.v1.EngineServiceGetLoadRequest\x1a*.nanoinfer.v1.EngineServiceGetLoadResponse\x12h\n\tWatchLoad\x12+.nanoinfer.v1.EngineServiceWatchLoadRequest\x1a,.nanoinfer.v1.EngineServiceWatchLoadResponse0\x01\x12r\n\rGetServerInfo\x12/.nanoinfer.v1.EngineServiceGetServerInfoRequest\x1a\x30.nanoinfer.v1.EngineServiceGetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,32 +53,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINESERVICEGENERATEREQUEST'].fields_by_name['cache_salt']._serialized_options = b'\342A\001\001'
   _globals['_ENGINESERVICEGENERATEREQUEST'].fields_by_name['tokenizer_fingerprint']._loaded_options = None
   _globals['_ENGINESERVICEGENERATEREQUEST'].fields_by_name['tokenizer_fingerprint']._serialized_options = b'\342A\001\001'
-  _globals['_ADMISSIONSTATE']._serialized_start=1636
-  _globals['_ADMISSIONSTATE']._serialized_end=1765
+  _globals['_ENGINESERVICEGENERATEREQUEST'].fields_by_name['cancels_at_stop_strings']._loaded_options = None
+  _globals['_ENGINESERVICEGENERATEREQUEST'].fields_by_name['cancels_at_stop_strings']._serialized_options = b'\342A\001\001'
+  _globals['_ADMISSIONSTATE']._serialized_start=1727
+  _globals['_ADMISSIONSTATE']._serialized_end=1856
   _globals['_ENGINESERVICEGENERATEREQUEST']._serialized_start=108
-  _globals['_ENGINESERVICEGENERATEREQUEST']._serialized_end=678
-  _globals['_ENGINESERVICEGENERATERESPONSE']._serialized_start=681
-  _globals['_ENGINESERVICEGENERATERESPONSE']._serialized_end=897
-  _globals['_TOKENDELTA']._serialized_start=899
-  _globals['_TOKENDELTA']._serialized_end=991
-  _globals['_ENGINESERVICEGETMODELINFOREQUEST']._serialized_start=993
-  _globals['_ENGINESERVICEGETMODELINFOREQUEST']._serialized_end=1027
-  _globals['_ENGINESERVICEGETMODELINFORESPONSE']._serialized_start=1029
-  _globals['_ENGINESERVICEGETMODELINFORESPONSE']._serialized_end=1104
-  _globals['_ENGINESERVICEGETLOADREQUEST']._serialized_start=1106
-  _globals['_ENGINESERVICEGETLOADREQUEST']._serialized_end=1135
-  _globals['_ENGINESERVICEGETLOADRESPONSE']._serialized_start=1137
-  _globals['_ENGINESERVICEGETLOADRESPONSE']._serialized_end=1207
-  _globals['_ENGINESERVICEWATCHLOADREQUEST']._serialized_start=1209
-  _globals['_ENGINESERVICEWATCHLOADREQUEST']._serialized_end=1240
-  _globals['_ENGINESERVICEWATCHLOADRESPONSE']._serialized_start=1242
-  _globals['_ENGINESERVICEWATCHLOADRESPONSE']._serialized_end=1339
-  _globals['_ENGINELOAD']._serialized_start=1342
-  _globals['_ENGINELOAD']._serialized_end=1516
-  _globals['_ENGINESERVICEGETSERVERINFOREQUEST']._serialized_start=1518
-  _globals['_ENGINESERVICEGETSERVERINFOREQUEST']._serialized_end=1553
-  _globals['_ENGINESERVICEGETSERVERINFORESPONSE']._serialized_start=1555
-  _globals['_ENGINESERVICEGETSERVERINFORESPONSE']._serialized_end=1633
-  _globals['_ENGINESERVICE']._serialized_start=1768
-  _globals['_ENGINESERVICE']._serialized_end=2319
+  _globals['_ENGINESERVICEGENERATEREQUEST']._serialized_end=717
+  _globals['_ENGINESERVICEGENERATERESPONSE']._serialized_start=720
+  _globals['_ENGINESERVICEGENERATERESPONSE']._serialized_end=988
+  _globals['_TOKENDELTA']._serialized_start=990
+  _globals['_TOKENDELTA']._serialized_end=1082
+  _globals['_ENGINESERVICEGETMODELINFOREQUEST']._serialized_start=1084
+  _globals['_ENGINESERVICEGETMODELINFOREQUEST']._serialized_end=1118
+  _globals['_ENGINESERVICEGETMODELINFORESPONSE']._serialized_start=1120
+  _globals['_ENGINESERVICEGETMODELINFORESPONSE']._serialized_end=1195
+  _globals['_ENGINESERVICEGETLOADREQUEST']._serialized_start=1197
+  _globals['_ENGINESERVICEGETLOADREQUEST']._serialized_end=1226
+  _globals['_ENGINESERVICEGETLOADRESPONSE']._serialized_start=1228
+  _globals['_ENGINESERVICEGETLOADRESPONSE']._serialized_end=1298
+  _globals['_ENGINESERVICEWATCHLOADREQUEST']._serialized_start=1300
+  _globals['_ENGINESERVICEWATCHLOADREQUEST']._serialized_end=1331
+  _globals['_ENGINESERVICEWATCHLOADRESPONSE']._serialized_start=1333
+  _globals['_ENGINESERVICEWATCHLOADRESPONSE']._serialized_end=1430
+  _globals['_ENGINELOAD']._serialized_start=1433
+  _globals['_ENGINELOAD']._serialized_end=1607
+  _globals['_ENGINESERVICEGETSERVERINFOREQUEST']._serialized_start=1609
+  _globals['_ENGINESERVICEGETSERVERINFOREQUEST']._serialized_end=1644
+  _globals['_ENGINESERVICEGETSERVERINFORESPONSE']._serialized_start=1646
+  _globals['_ENGINESERVICEGETSERVERINFORESPONSE']._serialized_end=1724
+  _globals['_ENGINESERVICE']._serialized_start=1859
+  _globals['_ENGINESERVICE']._serialized_end=2410
 # @@protoc_insertion_point(module_scope)

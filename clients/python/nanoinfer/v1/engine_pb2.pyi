@@ -21,7 +21,7 @@ ADMISSION_STATE_FULL: AdmissionState
 ADMISSION_STATE_CLOSED: AdmissionState
 
 class EngineServiceGenerateRequest(_message.Message):
-    __slots__ = ("prompt", "sampling", "stopping", "response", "structured_output", "request_id", "model", "truncate_prompt_tokens", "cache_salt", "tokenizer_fingerprint")
+    __slots__ = ("prompt", "sampling", "stopping", "response", "structured_output", "request_id", "model", "truncate_prompt_tokens", "cache_salt", "tokenizer_fingerprint", "cancels_at_stop_strings")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class EngineServiceGenerateRequest(_message.Message):
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CANCELS_AT_STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     prompt: _generation_pb2.TokenIds
     sampling: _generation_pb2.SamplingParams
     stopping: _generation_pb2.StoppingParams
@@ -42,19 +43,22 @@ class EngineServiceGenerateRequest(_message.Message):
     truncate_prompt_tokens: int
     cache_salt: str
     tokenizer_fingerprint: bytes
-    def __init__(self, prompt: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_generation_pb2.StoppingParams, _Mapping]] = ..., response: _Optional[_Union[_generation_pb2.ResponseOptions, _Mapping]] = ..., structured_output: _Optional[_Union[_generation_pb2.StructuredOutput, _Mapping]] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., truncate_prompt_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., tokenizer_fingerprint: _Optional[bytes] = ...) -> None: ...
+    cancels_at_stop_strings: bool
+    def __init__(self, prompt: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_generation_pb2.StoppingParams, _Mapping]] = ..., response: _Optional[_Union[_generation_pb2.ResponseOptions, _Mapping]] = ..., structured_output: _Optional[_Union[_generation_pb2.StructuredOutput, _Mapping]] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., truncate_prompt_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., tokenizer_fingerprint: _Optional[bytes] = ..., cancels_at_stop_strings: _Optional[bool] = ...) -> None: ...
 
 class EngineServiceGenerateResponse(_message.Message):
-    __slots__ = ("prompt_info", "deltas", "finishes", "summary")
+    __slots__ = ("prompt_info", "deltas", "finishes", "summary", "first_token_timings")
     PROMPT_INFO_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     FINISHES_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_TIMINGS_FIELD_NUMBER: _ClassVar[int]
     prompt_info: _generation_pb2.PromptInfo
     deltas: _containers.RepeatedCompositeFieldContainer[TokenDelta]
     finishes: _containers.RepeatedCompositeFieldContainer[_generation_pb2.ChoiceFinish]
     summary: _generation_pb2.GenerationSummary
-    def __init__(self, prompt_info: _Optional[_Union[_generation_pb2.PromptInfo, _Mapping]] = ..., deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., finishes: _Optional[_Iterable[_Union[_generation_pb2.ChoiceFinish, _Mapping]]] = ..., summary: _Optional[_Union[_generation_pb2.GenerationSummary, _Mapping]] = ...) -> None: ...
+    first_token_timings: _generation_pb2.Timings
+    def __init__(self, prompt_info: _Optional[_Union[_generation_pb2.PromptInfo, _Mapping]] = ..., deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., finishes: _Optional[_Iterable[_Union[_generation_pb2.ChoiceFinish, _Mapping]]] = ..., summary: _Optional[_Union[_generation_pb2.GenerationSummary, _Mapping]] = ..., first_token_timings: _Optional[_Union[_generation_pb2.Timings, _Mapping]] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("index", "token_ids", "logprobs")

@@ -63,70 +63,53 @@ def _largest_key(
 
 
 @triton.jit
-def _slice_weights(
-    logits, least, floor, top, t, VOCAB: tl.constexpr, SLICES_PAD: tl.constexpr, SLICE: tl.constexpr
-):
-    """[SLICES_PAD]: the softmax weight of what the filters leave of each slice."""
-    parts = tl.arange(0, SLICES_PAD)
-    weights = tl.zeros([SLICES_PAD], tl.float32)
-    for start in range(0, VOCAB, SLICE):
-        value = tl.sum(_weights_at(logits, start, least, floor, top, t, VOCAB, SLICE), axis=0)
-        weights = tl.where(parts == start // SLICE, value, weights)
-    return weights
+def _weight_by_number(x, ids, first_key, second_key, top, t):
+    """Softmax weight / exponential number of each id: the largest is drawn.
+
+    The hash is that of `randomness`, bit by bit; exp and log may differ in their last bits.
+    """
+    h = ids.to(tl.uint32) ^ first_key.to(tl.uint32, bitcast=True)
+    h ^= h >> 16
+    h *= 0x21F0AAAD
+    h ^= h >> 15
+    h ^= second_key.to(tl.uint32, bitcast=True)
+    h *= 0xD35A2D97
+    h ^= h >> 15
+    u = tl.minimum((h.to(tl.float32) + 0.5) * 2**-32, 1 - 2**-24)
+    # The number is -log1p(-u), exact for small u: -log(rest) * u / (1 - rest), where 1 - rest is
+    # what rounding has left of u.
+    rest = 1 - u
+    weight = tl.exp((x - top) / t) * tl.where(rest == 1, 1.0, 1 - rest)
+    return weight / (u * tl.where(rest == 1, 1.0, -tl.log(rest)))
 
 
 @triton.jit
-def _weights_at(logits, start, least, floor, top, t, VOCAB: tl.constexpr, SLICE: tl.constexpr):
-    """[SLICE] softmax weights from id `start`, 0 where a filter drops the id."""
-    ids = start + tl.arange(0, SLICE)
-    x = tl.load(logits + ids, mask=ids < VOCAB, other=float("-inf"))
-    kept = (_key(x) >= least) & (x.to(tl.float32) >= floor) & (ids < VOCAB)
-    return tl.where(kept, tl.exp((x.to(tl.float32) - top) / t), 0.0)
+def race(
+    logits, start, least, floor, first_key, second_key, top, t,
+    FILTERED: tl.constexpr, COUNT: tl.constexpr, VOCAB: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """The largest weight / number of `COUNT` ids, and its id; `least` and `floor` drop ids.
+
+    Each lane keeps its own best: the lanes are compared once, at the end.
+    """
+    lanes = tl.arange(0, PIECE)
+    best = tl.zeros([PIECE], tl.float32)
+    winners = tl.zeros([PIECE], tl.int32)
+    for first in range(0, COUNT, PIECE):
+        ids = start + first + lanes
+        x = tl.load(logits + ids, mask=ids < VOCAB, other=float("-inf"))
+        y = _weight_by_number(x.to(tl.float32), ids, first_key, second_key, top, t)
+        wins = y > best
+        if FILTERED:
+            wins = wins & (_key(x) >= least) & (x.to(tl.float32) >= floor)
+        best = tl.where(wins, y, best)
+        winners = tl.where(wins, ids, winners)
+    place = tl.argmax(best, axis=0)
+    return tl.max(best, axis=0), tl.sum(tl.where(lanes == place, winners, 0), axis=0)
 
 
 @triton.jit
-def _find(
-    logits,
-    slice_weights,
-    number,
-    least,
-    floor,
-    top,
-    t,
-    VOCAB: tl.constexpr,
-    SLICES_PAD: tl.constexpr,
-    SLICE: tl.constexpr,
-):
-    """The id at which the cumulative weight, in id order, passes `number` of the total."""
-    parts = tl.arange(0, SLICES_PAD)
-    cumulative = tl.cumsum(slice_weights, axis=0)
-    target = number * tl.max(cumulative, axis=0)
-    # the last slice with any weight is the answer where rounding carries the target past the end
-    last = tl.max(tl.where(slice_weights > 0, parts, 0), axis=0)
-    part = tl.minimum(tl.sum((cumulative <= target).to(tl.int32), axis=0), last)
-    before = tl.sum(tl.where(parts < part, slice_weights, 0.0), axis=0)
-    weights = _weights_at(logits, part * SLICE, least, floor, top, t, VOCAB, SLICE)
-    inner = tl.cumsum(weights, axis=0) + before
-    offsets = tl.arange(0, SLICE)
-    last_inner = tl.max(tl.where(weights > 0, offsets, 0), axis=0)
-    place = tl.min(tl.where((inner > target) & (weights > 0), offsets, SLICE), axis=0)
-    return part * SLICE + tl.minimum(place, last_inner)
-
-
-@triton.jit
-def draw(
-    logits,
-    slice_weights,
-    k,
-    p,
-    share,
-    number,
-    top,
-    t,
-    VOCAB: tl.constexpr,
-    SLICES_PAD: tl.constexpr,
-    SLICE: tl.constexpr,
-):
+def draw(logits, k, p, share, low, high, top, t, VOCAB: tl.constexpr, SLICE: tl.constexpr):
     """The id drawn from what top-k, top-p and min-p leave of one row's logits."""
     WIDE: tl.constexpr = logits.dtype.element_ty == tl.float32
     BITS: tl.constexpr = 32 if WIDE else 16
@@ -142,6 +125,4 @@ def draw(
     floor = float("-inf")
     if share > 0:
         floor = top + t * tl.log(share)
-    if (least > LOWEST) | (share > 0):
-        slice_weights = _slice_weights(logits, least, floor, top, t, VOCAB, SLICES_PAD, SLICE)
-    return _find(logits, slice_weights, number, least, floor, top, t, VOCAB, SLICES_PAD, SLICE)
+    return race(logits, 0, least, floor, low, high, top, t, True, VOCAB, VOCAB, SLICE)[1]

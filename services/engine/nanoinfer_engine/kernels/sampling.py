@@ -1,8 +1,8 @@
 """Token choice on the device, with the same distribution as `sampler`: no sort, no host.
 
-One pass over the logits in slices finds each slice's best id and its share of the softmax; a
-second kernel, one program a row, picks: the id where the cumulative distribution, in id order,
-passes the row's uniform number.
+One pass over the logits in slices finds each slice's best id and, where no filter is on, the id
+that its noise lets win; a second kernel, one program a row, picks the row's. Behind a filter it
+draws by itself, among what the filter leaves.
 
 A row with a slot is shaped (`kernels.shaping`) into a float32 copy first and its id is counted:
 half precision would swallow a small penalty. Rows without a slot pay nothing for it.
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoinfer_engine.kernels.drawing import draw
+from nanoinfer_engine.kernels.drawing import draw, race
 from nanoinfer_engine.kernels.launch import ceil_div, pdl_options, power_of_two
 from nanoinfer_engine.kernels.shaping import count_token, shaped
 
@@ -26,17 +26,19 @@ _SLICE, _PIECE = 4096, 512
 
 @dataclass(frozen=True)
 class DeviceSampling:
-    """How each row chooses, all [rows] float32 but `top_k` and `slot` int32.
+    """How each row chooses, all [rows] float32 but the first four, which are int32.
 
-    Temperature 0 is greedy. The penalties are read where `slot` is not negative.
+    Temperature 0 is greedy. The penalties are read where `slot` is not negative. The keys are those
+    of `randomness.row_keys`.
     """
 
     top_k: Tensor
     slot: Tensor
+    first_key: Tensor
+    second_key: Tensor
     temperature: Tensor
     top_p: Tensor
     min_p: Tensor
-    uniform: Tensor
     repetition: Tensor
     frequency: Tensor
     presence: Tensor
@@ -62,7 +64,8 @@ class SamplingWorkspace:
         shape = (max_rows, ceil_div(vocab_size, _SLICE))
         self.best = torch.empty(shape, dtype=torch.float32, device=device)
         self.best_ids = torch.empty(shape, dtype=torch.int32, device=device)
-        self.weights = torch.empty(shape, dtype=torch.float32, device=device)
+        self.drawn = torch.empty(shape, dtype=torch.float32, device=device)
+        self.drawn_ids = torch.empty(shape, dtype=torch.int32, device=device)
         table = (max_rows, vocab_size)
         self.counts = torch.zeros(table, dtype=torch.int32, device=device)
         self.bias = torch.zeros(table, dtype=torch.float32, device=device)
@@ -70,25 +73,18 @@ class SamplingWorkspace:
 
 
 @triton.jit
+def _is_unfiltered(k, p, share, VOCAB: tl.constexpr):
+    """Whether every id may be drawn."""
+    return ((k <= 0) | (k >= VOCAB)) & (p >= 1) & (share <= 0)
+
+
+@triton.jit
 def _slices_kernel(
-    logits,
-    slots,
-    temperature,
-    repetition,
-    frequency,
-    presence,
-    counts,
-    bias,
-    shaped_logits,
-    best,
-    best_ids,
-    weights,
-    VOCAB: tl.constexpr,
-    SLICES: tl.constexpr,
-    SLICE: tl.constexpr,
-    PIECE: tl.constexpr,
+    logits, top_k, slots, first_key, second_key, temperature, top_p, min_p,
+    repetition, frequency, presence, counts, bias, shaped_logits, best, best_ids, drawn, drawn_ids,
+    VOCAB: tl.constexpr, SLICES: tl.constexpr, SLICE: tl.constexpr, PIECE: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -113,14 +109,25 @@ def _slices_kernel(
     tl.store(best + place, top)
     tl.store(best_ids + place, part * SLICE + tl.argmax(x, axis=0))
     t = tl.load(temperature + row)
-    if t > 0:
-        tl.store(weights + place, tl.sum(tl.exp((x - top) / t), axis=0))
+    k, p, share = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+    if (t > 0) & _is_unfiltered(k, p, share, VOCAB):
+        low, high = tl.load(first_key + row), tl.load(second_key + row)
+        start = part * SLICE
+        if slot >= 0:
+            wide = shaped_logits + own
+            won, token = race(wide, start, 0, 0, low, high, top, t, False, SLICE, VOCAB, PIECE)
+        else:
+            half = logits + own
+            won, token = race(half, start, 0, 0, low, high, top, t, False, SLICE, VOCAB, PIECE)
+        # weights are relative to the slice's best logit: comparable as logarithms
+        tl.store(drawn + place, tl.log(won) + top / t)
+        tl.store(drawn_ids + place, token)
 
 
 @triton.jit
 def _choose_kernel(
-    logits, shaped_logits, counts, top_k, slots, temperature, top_p, min_p, uniform, best, best_ids,
-    weights, sampled, history, turn, current, history_stride,
+    logits, shaped_logits, counts, top_k, slots, first_key, second_key, temperature, top_p, min_p,
+    best, best_ids, drawn, drawn_ids, sampled, history, turn, current, history_stride,
     VOCAB: tl.constexpr, SLICES: tl.constexpr, SLICES_PAD: tl.constexpr, SLICE: tl.constexpr,
     ENTRIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +138,7 @@ def _choose_kernel(
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
     share = tl.load(min_p + row)
-    number = tl.load(uniform + row)
+    low, high = tl.load(first_key + row), tl.load(second_key + row)
     slot = tl.load(slots + row)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -144,15 +151,14 @@ def _choose_kernel(
     bad = bad | (top == float("inf")) | (top == float("-inf"))
     if (t > 0) & (k != 1) & (bad == 0):
         own = row.to(tl.int64) * VOCAB
-        here = tl.load(weights + row * SLICES + parts, mask=parts < SLICES, other=0.0)
-        scales = tl.where(parts < SLICES, tl.exp((tops - top) / t), 0.0)
-        shares = tl.where(tops == float("-inf"), 0.0, here * scales)
-        if slot >= 0:
-            wide = shaped_logits + own
-            token = draw(wide, shares, k, p, share, number, top, t, VOCAB, SLICES_PAD, SLICE)
+        if _is_unfiltered(k, p, share, VOCAB):
+            place = drawn + row * SLICES + parts
+            winner = tl.argmax(tl.load(place, mask=parts < SLICES, other=float("-inf")), axis=0)
+            token = tl.load(drawn_ids + row * SLICES + winner)
+        elif slot >= 0:
+            token = draw(shaped_logits + own, k, p, share, low, high, top, t, VOCAB, SLICE)
         else:
-            half = logits + own
-            token = draw(half, shares, k, p, share, number, top, t, VOCAB, SLICES_PAD, SLICE)
+            token = draw(logits + own, k, p, share, low, high, top, t, VOCAB, SLICE)
     if (slot >= 0) & (bad == 0):
         count_token(counts, slot, token, VOCAB)
     token = tl.where(bad, -1, token)
@@ -179,11 +185,13 @@ def choose(
     """
     rows, vocab_size = logits.shape
     slices = ceil_div(vocab_size, _SLICE)
-    results = (workspace.best, workspace.best_ids, workspace.weights)
+    keys = sampling.first_key, sampling.second_key
+    filters = sampling.temperature, sampling.top_p, sampling.min_p
+    options = (sampling.top_k, sampling.slot, *keys, *filters)
+    results = (workspace.best, workspace.best_ids, workspace.drawn, workspace.drawn_ids)
     _slices_kernel[(rows, slices)](
         logits,
-        sampling.slot,
-        sampling.temperature,
+        *options,
         sampling.repetition,
         sampling.frequency,
         sampling.presence,
@@ -203,12 +211,7 @@ def choose(
         logits,
         workspace.shaped,
         workspace.counts,
-        sampling.top_k,
-        sampling.slot,
-        sampling.temperature,
-        sampling.top_p,
-        sampling.min_p,
-        sampling.uniform,
+        *options,
         *results,
         sampled,
         sampled if history is None else history.ids,
