@@ -68,7 +68,7 @@ async def test_a_failure_is_final(probe: Probe) -> None:
     status.fail(RuntimeError("first"))
     status.fail(RuntimeError("second"))
     status.set_serving()
-    await asyncio.wait_for(status.failed.wait(), 1)
+    await asyncio.wait_for(status.failed.wait(), 60)
     assert str(status.failure) == "first"
     await settle()
     assert await health(probe.channel, "") == "NOT_SERVING"

@@ -80,7 +80,7 @@ def test_up_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0, log.read_text()
+        assert process.wait(timeout=60) == 0, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()

@@ -1,5 +1,4 @@
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -234,10 +233,8 @@ def test_an_endless_template_is_stopped_and_the_next_rendering_works(
     guarded = "{% if messages[0].content == 'go' %}" + source + "{% else %}fine{% endif %}"
     with template(guarded, loaded("qwen2"), seconds=0.5) as renderer:
         for _ in range(2):
-            start = time.monotonic()
             with pytest.raises(TemplateTimeoutError):
                 renderer.render([Message("user", "go")], add_generation_prompt=True)
-            assert time.monotonic() - start < 5
             assert renderer.render([Message("user", "")], add_generation_prompt=True).text == "fine"
 
 

@@ -1,6 +1,7 @@
 """Every RPC over a real server: answers, limits, refusals, and what a hostile input must not do."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -23,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer
 
 Code = grpc.StatusCode
+MAX_CPU_SECONDS = 4.0  # of all threads, for 500,000 characters; measured: 1 to 2
 
 
 class Served:
@@ -175,13 +177,13 @@ async def test_hostile_texts_end_soon_and_leave_the_service_alive(
     for unit in (" ", "a", "^", "\n", "\u0301", "😀", " \n", "\u00a0", "<", "'s"):
         for size in (500_000, 1_000_000):
             text = (unit * size)[:size]
-            start = time.monotonic()
+            start = time.process_time()
             call = stub.Encode(pb.TokenizerServiceEncodeRequest(text=text))
             if size > 500_000:
                 assert (await refused(call)).reason == names.INPUT_TOO_LARGE
             else:
                 assert (await call).tokens.ids
-            assert time.monotonic() - start < 2
+            assert time.process_time() - start < MAX_CPU_SECONDS
     assert (await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
 
 
@@ -191,10 +193,10 @@ async def test_hostile_texts_end_soon_and_leave_the_service_alive(
 async def test_hostile_conversations_end_soon(unit: str, serve: Serve) -> None:
     stub = (await serve("qwen3")).stub
     text = (unit * 500_000)[:500_000]
-    start = time.monotonic()
+    start = time.process_time()
     assert (await stub.Encode(pb.TokenizerServiceEncodeRequest(text=text))).tokens.ids
     assert (await stub.RenderChat(conversation(("assistant", text)))).tokens.ids
-    assert time.monotonic() - start < 4
+    assert time.process_time() - start < 2 * MAX_CPU_SECONDS
 
 
 # --- RenderChat ---
@@ -307,17 +309,15 @@ async def test_a_slow_template_is_stopped_while_others_are_served(
     slow: str, serve: Serve, model_with: Callable[[str], Path]
 ) -> None:
     template = "{% if messages[0].content == 'go' %}" + slow + "{% endif %}fine"
-    stub = (await serve(model_with(template), template_timeout_seconds=0.5)).stub
+    stub = (await serve(model_with(template), template_timeout_seconds=1.0)).stub
     renderings = [asyncio.ensure_future(stub.RenderChat(conversation(("user", "go"))))]
     renderings += [asyncio.ensure_future(stub.RenderChat(conversation(("user", "go"))))]
-    start = time.monotonic()
     await asyncio.sleep(0.05)
     await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))
-    assert time.monotonic() - start < 0.4
+    assert not renderings[-1].done()
     for rendering in renderings:
         error = await refused(rendering)
         assert (error.code, error.reason) == (Code.INTERNAL, names.TEMPLATE_TIMEOUT)
-    assert time.monotonic() - start < 3
     request = conversation(("user", "x"), return_text=True)
     assert (await stub.RenderChat(request)).text == "fine"
 
@@ -344,14 +344,26 @@ async def test_decode_is_the_inverse_of_encode(serve: Serve) -> None:
     assert (await stub.Decode(request)).text == "<|begin_of_text|>" + text
 
 
-async def test_many_ids_are_decoded_without_holding_others_up(serve: Serve) -> None:
-    stub = (await serve("gpt2")).stub
+async def test_many_ids_are_decoded_without_holding_others_up(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve("gpt2")
+    stub, gate = served.stub, threading.Event()
+    encoding = served.service._served.encoding
+    decode = encoding.decode
+
+    def gated(*arguments: Any, **options: Any) -> Any:
+        assert gate.wait(60), "others wait for this"
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(encoding, "decode", gated)
     request = pb.TokenizerServiceDecodeRequest(tokens=ids(*range(256), *[65] * 499_744))
     decoding = asyncio.ensure_future(stub.Decode(request))
-    await asyncio.sleep(0.01)
-    start = time.monotonic()
+    while not served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)
     await stub.GetServerInfo(pb.TokenizerServiceGetServerInfoRequest())
-    assert time.monotonic() - start < 1
+    assert not decoding.done()
+    gate.set()
     assert len((await decoding).text) >= 499_744
 
 
@@ -436,9 +448,7 @@ async def test_a_cancelled_stream_leaves_nothing(serve: Serve) -> None:
     await call.write(pb.TokenizerServiceDecodeStreamRequest(tokens=ids(1)))
     await call.read()
     call.cancel()
-    for _ in range(100):
-        if served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 0:
-            break
+    while served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams"):
         await asyncio.sleep(0.01)
     assert served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 0
 
@@ -519,11 +529,9 @@ async def test_a_panic_in_the_encoder_is_answered(
 
     monkeypatch.setattr(encoding, "encode", panic)
     for _ in range(5):  # more than there are threads
-        start = time.monotonic()
         error = await refused(served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="boom")))
         assert (error.code, error.reason) == (Code.INTERNAL, names.INTERNAL)
         assert "secret" not in error.message
-        assert time.monotonic() - start < 2
     assert (await served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
     assert served.registry.get_sample_value("nanoinfer_tokenizer_inflight") == 0
 
@@ -533,15 +541,18 @@ async def test_more_than_the_bound_is_refused_at_once(
 ) -> None:
     served = await serve("qwen2", max_pending=3, num_threads=1)
     encoding = served.service._served.encoding
-    encode = encoding.encode
+    encode, gate = encoding.encode, threading.Event()
 
     def slowly(text: str, *, continues: bool = False) -> list[int]:
-        time.sleep(0.3)
+        assert gate.wait(60)
         return encode(text, continues=continues)
 
     monkeypatch.setattr(encoding, "encode", slowly)
     request = pb.TokenizerServiceEncodeRequest(text="x")
     calls = [asyncio.ensure_future(served.stub.Encode(request)) for _ in range(8)]
+    while sum(call.done() for call in calls) < 5:
+        await asyncio.sleep(0.01)
+    gate.set()
     answers = await asyncio.gather(*calls, return_exceptions=True)
     errors = [from_rpc_error(e) for e in answers if isinstance(e, grpc.aio.AioRpcError)]
     assert len(errors) == 5
@@ -556,29 +567,38 @@ async def test_streams_go_on_while_the_queue_is_full(
 ) -> None:
     served = await serve("qwen2", max_pending=1, num_threads=1)
     stream = served.stub.DecodeStream()
-    monkeypatch.setattr(served.service._served.encoding, "encode", lambda text, **_: time.sleep(1))
-    waiting = asyncio.ensure_future(
-        served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"), timeout=0.5)
-    )
-    await asyncio.sleep(0.05)
+    gate = threading.Event()
+    encoding = served.service._served.encoding
+    monkeypatch.setattr(encoding, "encode", lambda text, **_: gate.wait(60) and [1])
+    waiting = asyncio.ensure_future(served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x")))
+    while not served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)
     for _ in range(3):
         await stream.write(pb.TokenizerServiceDecodeStreamRequest(tokens=ids(64)))
         assert (await stream.read()).text
-    await refused(waiting)
+    assert not waiting.done()
+    gate.set()
+    assert (await waiting).tokens.ids == [1]
 
 
 async def test_a_cancelled_call_frees_its_place(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await serve("qwen2", max_pending=1, num_threads=1)
-    encoding = served.service._served.encoding
-    monkeypatch.setattr(encoding, "encode", lambda text, **_: time.sleep(0.2) or [1])
+    encoding, gate = served.service._served.encoding, threading.Event()
+    monkeypatch.setattr(encoding, "encode", lambda text, **_: gate.wait(60) and [1])
     request = pb.TokenizerServiceEncodeRequest(text="x")
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await served.stub.Encode(request, timeout=0.05)
-    assert caught.value.code() == Code.DEADLINE_EXCEEDED
-    await asyncio.sleep(0.1)
-    assert (await served.stub.Encode(request)).tokens.ids == [1]
+    call = served.stub.Encode(request)
+    while not served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)
+    call.cancel()
+    while served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)  # while the thread is still at it
+    again = asyncio.ensure_future(served.stub.Encode(request))
+    while not served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)
+    gate.set()
+    assert (await again).tokens.ids == [1]
 
 
 @pytest.mark.parametrize(

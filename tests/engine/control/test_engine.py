@@ -40,7 +40,7 @@ class Harness:
             make_config(**changes), lambda: runner, make_statistics, self.listener, patience
         )
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it does not come to pass"
@@ -146,8 +146,11 @@ async def test_a_deadline_ends_a_running_request_at_the_next_step() -> None:
             harness.engine.submit([make_request(max_tokens=200, deadline=deadline)])
         )
         assert outputs[-1].finish_reason is FinishReason.DEADLINE
-        assert outputs[-1].request.times.finished is not None
-        assert outputs[-1].request.times.finished - deadline < 100_000_000
+        times = outputs[-1].request.times
+        assert times.finished is not None
+        assert times.finished >= deadline
+        late = [at for at in harness.runner.began if at > deadline]
+        assert len(late) <= 1  # the step that was planned when the time was up
         await harness.idle()
 
 

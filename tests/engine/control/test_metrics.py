@@ -58,7 +58,7 @@ EXPECTED = {
 async def scrape(engine: Engine) -> tuple[dict[str, str], dict[str, float]]:
     """Types by family name, and values by sample name with its own label, if it has one."""
     url = f"http://127.0.0.1:{engine.server.metrics_port}/metrics"
-    reply = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5))
+    reply = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=60))
     assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     types, values = {}, {}
     for family in text_string_to_metric_families(reply.read().decode()):
@@ -133,7 +133,9 @@ async def test_accepted_is_success_and_error_and_cancelled(start_fake: StartFake
         await engine.idle()
         await engine.refused(engine.generate(sampling=pb.SamplingParams(n=16)))
         # the thread publishes its snapshot a moment after the load
-        await asyncio.sleep(0.05)
+        ended = engine.service._engine
+        while sum(ended.statistics.finished.values()) < 4:
+            await asyncio.sleep(0.005)
         _, values = await scrape(engine)
         outcomes = {
             name: values[f"nanoinfer_engine_requests_total:{name}"]
@@ -152,7 +154,7 @@ async def test_a_scrape_waits_for_no_step(start_fake: StartFake) -> None:
         call = engine.call(stopping=TEN)
         await engine.until(lambda load: load.running_requests == 1)
         await asyncio.sleep(0.1)
-        _, values = await asyncio.wait_for(scrape(engine), 2)
+        _, values = await asyncio.wait_for(scrape(engine), 60)
         assert values["vllm:num_requests_running"] == 1
         assert values["vllm:kv_cache_usage_perc"] == 1 / 64
         assert values["nanoinfer_engine_last_step_age_seconds"] > 0.05

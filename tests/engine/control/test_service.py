@@ -109,10 +109,8 @@ async def test_a_cancelled_queued_request_never_runs(start_fake: StartFake) -> N
 async def test_a_deadline_ends_the_call_and_frees(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.01)) as engine:
         request = engine_pb2.EngineServiceGenerateRequest(prompt=pb.TokenIds(ids=[11]))
-        started = time.monotonic()
         refused = await engine.refused(_rest(engine.stub.Generate(request, timeout=0.15)))
         assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert time.monotonic() - started < 1
         await engine.idle()
 
 
@@ -134,10 +132,9 @@ async def test_a_full_queue_is_an_immediate_answer(start_fake: StartFake) -> Non
         load = await engine.until(lambda load: load.waiting_requests == 2)
         assert load.admission_state == engine_pb2.ADMISSION_STATE_FULL
         assert load.waiting_prompt_tokens == 6
-        started = time.monotonic()
         call = engine.call(stopping=TEN)
         refused = await engine.refused(_rest(call))
-        assert time.monotonic() - started < 0.5
+        assert not any(call.done() for call in calls)  # it waited for none of them
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (refused.info.reason, refused.info.domain) == ("QUEUE_FULL", "nanoinfer-engine")
         assert refused.retry_seconds is not None
@@ -259,7 +256,7 @@ async def test_a_lost_device_fails_the_service(fake: Engine) -> None:
     fake.runner.fail_step = RuntimeError("CUDA error: device-side assert")
     lost = await fake.refused(fake.generate())
     assert lost.info.reason == "ENGINE_LOST"
-    await asyncio.wait_for(fake.server.status.failed.wait(), 5)
+    await asyncio.wait_for(fake.server.status.failed.wait(), 60)
     again = await fake.refused(fake.generate())
     assert again.code is grpc.StatusCode.UNAVAILABLE
 
@@ -279,7 +276,7 @@ async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFak
         await call.read()
         other = await engine.generate([77], sampling=SEED, stopping=TEN)
         assert len(other.tokens()) == 10
-        await engine.idle(seconds=15)
+        await engine.idle()
         refused = await engine.refused(_rest(call))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.info.reason == "STREAM_STALLED"
@@ -296,16 +293,16 @@ async def test_tokens_share_messages_beyond_the_highest_rate(start_fake: StartFa
 
 async def test_watch_load_sends_at_once_and_on_change(fake: Engine) -> None:
     watch = fake.stub.WatchLoad(engine_pb2.EngineServiceWatchLoadRequest())
-    first = await asyncio.wait_for(watch.read(), 2)
+    first = await asyncio.wait_for(watch.read(), 60)
     assert first.load == engine_pb2.EngineLoad(admission_state=engine_pb2.ADMISSION_STATE_OPEN)
     fake.runner.gate.clear()
     call = fake.call(stopping=TEN)
-    while (changed := await asyncio.wait_for(watch.read(), 2)).load.running_requests == 0:
+    while (changed := await asyncio.wait_for(watch.read(), 60)).load.running_requests == 0:
         pass
     assert changed.load.kv_cache_usage > 0
     fake.runner.gate.set()
     await _rest(call)
-    while (changed := await asyncio.wait_for(watch.read(), 2)).load.running_requests:
+    while (changed := await asyncio.wait_for(watch.read(), 60)).load.running_requests:
         pass
     assert changed.load == first.load
     with pytest.raises(asyncio.TimeoutError):  # nothing changes, nothing comes
