@@ -220,6 +220,7 @@ async def test_watches_health_and_reflection_make_no_spans_and_get_no_deadline(
         assert spans.get_finished_spans() == ()
 
 
+@pytest.mark.matrix("R38")
 async def test_unknown_methods_share_one_span_name(
     probe: Probe, spans: InMemorySpanExporter
 ) -> None:

@@ -77,6 +77,7 @@ async def start_process(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
         process.communicate()
 
 
+@pytest.mark.matrix("R67")
 @pytest.mark.timeout(300)
 async def test_drain_in_order(tmp_path: Path) -> None:
     for delay in DEADLINES:
@@ -161,6 +162,7 @@ async def test_admitted_work_finishes_and_a_watch_holds_nobody_up(tmp_path: Path
     assert code == 0
 
 
+@pytest.mark.matrix("R65")
 async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     flags = ("--drain-seconds", "600", "--ignores-drain")
     async with start_process(tmp_path, *flags) as probe:
@@ -177,6 +179,7 @@ async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert code == 0
 
 
+@pytest.mark.matrix("R65")
 async def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
     async with start_process(tmp_path, "--start-mode", "slow thread") as probe:
         assert await probe.health("") == "NOT_SERVING"
@@ -190,6 +193,7 @@ async def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
     assert code == 0
 
 
+@pytest.mark.matrix("R56")
 @pytest.mark.parametrize(
     ("mode", "event"), [("refused", "cannot start"), ("broken", "fatal"), ("fails later", "fatal")]
 )

@@ -63,6 +63,7 @@ def test_texts_and_local_variables_stay_out(capsys: pytest.CaptureFixture[str], 
     assert "Traceback" in written
 
 
+@pytest.mark.matrix("R74")
 def test_a_closed_pipe_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -90,6 +90,7 @@ def test_other_protocols_are_refused(collector: Collector, monkeypatch: pytest.M
         telemetry.configure_tracing("nanoinfer-engine")
 
 
+@pytest.mark.matrix("R72")
 def test_an_absent_collector_costs_nothing_and_is_counted(
     provider: list[TracerProvider], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ class StuckExporter(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
+@pytest.mark.matrix("R72")
 def test_a_stuck_collector_bounds_memory_and_drops() -> None:
     exporter, dropped = StuckExporter(), Counter("dropped_spans", "d", registry=None)
     processor = BoundedSpanProcessor(exporter, dropped, max_queued=64)

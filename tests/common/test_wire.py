@@ -5,6 +5,7 @@ import random
 from typing import Any
 
 import grpc
+import pytest
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc
 from nanoinfer.v1 import tokenizer_pb2 as tokenizer
 from nanoinfer_common.config import ServiceSettings
@@ -38,6 +39,7 @@ async def status_of(call: Any) -> grpc.StatusCode:
     return code
 
 
+@pytest.mark.matrix("R6")
 async def test_oversize_messages() -> None:
     async with start_probe(max_message_bytes=100_000) as probe:
         unary: Any = probe.channel.unary_unary(f"/{FULL_NAME}/unary_unary")
@@ -46,6 +48,7 @@ async def test_oversize_messages() -> None:
         assert await status_of(unary(b"still here")) is grpc.StatusCode.OK
 
 
+@pytest.mark.matrix("R7")
 async def test_oversize_metadata() -> None:
     async with start_probe() as probe:
         unary: Any = probe.channel.unary_unary(f"/{FULL_NAME}/unary_unary")
@@ -54,6 +57,7 @@ async def test_oversize_metadata() -> None:
         assert await status_of(unary(b"x", metadata=(("x-ok", "y" * 4_000),))) is grpc.StatusCode.OK
 
 
+@pytest.mark.matrix("R8", "R9", "R11")
 async def test_foreign_bytes() -> None:
     valid = gateway_pb2.GatewayServiceChatRequest(
         messages=[tokenizer.ChatMessage(role="user", content=[tokenizer.ContentPart(text="hi")])]

@@ -104,6 +104,7 @@ def rolled(module: str, fleet: Fleet) -> Load:
     return load
 
 
+@pytest.mark.matrix("R64")
 @pytest.mark.parametrize("module", ["nanoinfer_engine", "nanoinfer_tokenizer", "nanoinfer_gateway"])
 def test_a_rolling_update_fails_no_stream(module: str, fleet: Fleet) -> None:
     load = rolled(module, fleet)

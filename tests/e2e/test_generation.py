@@ -69,6 +69,7 @@ def test_stream_is_the_unary_result_in_pieces(
     assert finish.stop_match.eos
 
 
+@pytest.mark.matrix("R26")
 def test_seed_is_echoed_and_reproduces(gateway: gateway_pb2_grpc.GatewayServiceStub) -> None:
     def sample(seed: int | None) -> gateway_pb2.GatewayServiceGenerateResponse:
         options = gateway_pb2.GenerationOptions(
@@ -198,6 +199,7 @@ def test_a_prompt_beyond_the_context_is_refused(
     assert reason(error.value)[:2] == ("INVALID_ARGUMENT", "PROMPT_TOO_LONG")
 
 
+@pytest.mark.matrix("R14")
 def test_special_token_text_in_a_message_stays_text(
     gateway: gateway_pb2_grpc.GatewayServiceStub,
 ) -> None:

@@ -37,6 +37,7 @@ def own_stack(tmp_path: Path) -> Iterator[Stack]:
         yield running
 
 
+@pytest.mark.matrix("R65")
 def test_sigterm_drains_each_service(own_stack: Stack) -> None:
     with grpc.insecure_channel(own_stack.gateway.address) as channel:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
@@ -62,6 +63,7 @@ def test_sigterm_drains_each_service(own_stack: Stack) -> None:
         assert service.wait() == 0
 
 
+@pytest.mark.matrix("R48")
 def test_overload_is_answered_at_once(own_stack: Stack) -> None:
     """Four streams are admitted; the fifth is told when to come again."""
     with (
@@ -86,6 +88,7 @@ def test_overload_is_answered_at_once(own_stack: Stack) -> None:
         assert list(stub.GenerateStream(long_request(4), timeout=60))
 
 
+@pytest.mark.matrix("R57", "R58")
 def test_a_killed_engine_ends_streams_and_never_hangs_them(own_stack: Stack) -> None:
     with grpc.insecure_channel(own_stack.gateway.address) as channel:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)

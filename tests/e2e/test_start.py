@@ -35,6 +35,7 @@ def test_a_model_that_is_not_there(module: str, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr + result.stdout
 
 
+@pytest.mark.matrix("R78")
 def test_a_truncated_checkpoint(tmp_path: Path) -> None:
     model = Path(shutil.copytree(GUIDE, tmp_path / "model", ignore=shutil.ignore_patterns("facts")))
     weights = model / "model.safetensors"

@@ -187,6 +187,7 @@ async def test_the_field_goes_before_the_metadatas_request_id(
     assert len(drawn.summary.request_id) == 36
 
 
+@pytest.mark.matrix("R47")
 async def test_without_a_deadline_the_servers_default_goes_upstream(
     tokenizer: FakeTokenizer, engine: FakeEngine
 ) -> None:
@@ -257,6 +258,7 @@ async def test_a_clients_cancel_reaches_the_tokenizer(
     assert engine.requests == []
 
 
+@pytest.mark.matrix("R48")
 async def test_overload_is_answered_at_once_with_retry_info(
     tokenizer: FakeTokenizer, engine: FakeEngine
 ) -> None:
@@ -343,6 +345,7 @@ BAD: list[tuple[str, Message, grpc.StatusCode, str]] = [
 ]
 
 
+@pytest.mark.matrix("R1", "R20")
 @pytest.mark.parametrize(("method", "request_message", "code", "field"), BAD)
 async def test_bad_input_names_its_field_and_reaches_no_engine(
     running_gateway: Gateway,
@@ -432,6 +435,7 @@ async def test_a_prompt_that_is_too_long_is_cut_where_asked(
             assert [v.field for v in bad.field_violations] == ["truncate_prompt_tokens"]
 
 
+@pytest.mark.matrix("R37")
 async def test_unknown_models_are_not_found(running_gateway: Gateway) -> None:
     stub = running_gateway.stub
     for call in (
@@ -509,6 +513,7 @@ async def until_health(running: Gateway, name: str, expected: str) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.matrix("R57")
 async def test_readiness_follows_the_engines(tokenizer: FakeTokenizer, engine: FakeEngine) -> None:
     async with (
         serving(tokenizer) as one,
@@ -564,6 +569,7 @@ async def test_a_gateway_waits_for_its_upstreams_without_refusing_to_answer() ->
         assert reason(raised.value) == "NO_ENGINE"
 
 
+@pytest.mark.matrix("R61", "R62")
 async def test_readiness_follows_the_tokenizers(
     tokenizer: FakeTokenizer, engine: FakeEngine
 ) -> None:

@@ -110,6 +110,7 @@ async def test_a_full_replica_comes_last_and_a_closed_one_never() -> None:
         assert raised.value.reason == "NO_ENGINE"
 
 
+@pytest.mark.matrix("R71")
 async def test_replicas_come_and_go_with_the_look_up() -> None:
     first, second = FakeEngine(), FakeEngine()
     async with replicas_of(first, second) as (replicas, engines, found):
@@ -131,6 +132,7 @@ async def test_replicas_come_and_go_with_the_look_up() -> None:
         await eventually(lambda: num_candidates(replicas) == 2)
 
 
+@pytest.mark.matrix("R71")
 async def test_a_failed_or_empty_look_up_changes_nothing() -> None:
     outcome: list[Any] = [{"ipv4:127.0.0.1:1"}, OSError("no name server"), set()]
 
@@ -254,6 +256,7 @@ async def test_an_engine_that_dies_before_its_first_message_is_replaced() -> Non
         assert len(good.requests) == 1
 
 
+@pytest.mark.matrix("R58")
 async def test_an_engine_that_dies_mid_stream_ends_it_with_what_was_delivered() -> None:
     dying, good = FakeEngine(), FakeEngine()
     told = asyncio.Event()
@@ -294,6 +297,7 @@ async def read_text(call: Any, received: list[str]) -> None:
         received.extend(text.text for text in message.deltas)
 
 
+@pytest.mark.matrix("R61")
 async def test_tokenizers_share_the_work() -> None:
     first, second = FakeTokenizer(), FakeTokenizer()
     async with (

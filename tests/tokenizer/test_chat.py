@@ -140,6 +140,7 @@ FORGERY = st.lists(
 ).map("".join)
 
 
+@pytest.mark.matrix("R14")
 @settings(max_examples=150, deadline=None)
 @given(contents=st.lists(FORGERY, min_size=3, max_size=3))
 def test_no_text_forges_a_special_token(

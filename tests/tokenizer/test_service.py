@@ -106,6 +106,7 @@ async def test_encode_adds_the_frame_unless_told_not_to(
     assert len(response.tokenizer_fingerprint) == 32
 
 
+@pytest.mark.matrix("R2")
 async def test_whitespace_alone_is_text(serve: Serve) -> None:
     stub = (await serve("qwen2")).stub
     response = await stub.Encode(pb.TokenizerServiceEncodeRequest(text=" \n\t"))
@@ -170,6 +171,7 @@ async def test_bounds_of_a_batch_are_accepted(serve: Serve) -> None:
     assert len((await stub.EncodeBatch(request)).tokens) == 4
 
 
+@pytest.mark.matrix("R12")
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen2", "o200k"])
 async def test_hostile_texts_end_soon_and_leave_the_service_alive(
     family: str, serve: Serve
@@ -242,6 +244,7 @@ async def test_without_a_template_there_is_no_chat(serve: Serve) -> None:
     assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, names.NO_CHAT_TEMPLATE)
 
 
+@pytest.mark.matrix("R35")
 @pytest.mark.parametrize(
     "request_",
     [
@@ -267,6 +270,7 @@ async def test_bad_conversations_are_refused(
     assert fields(error)[0].startswith("messages")
 
 
+@pytest.mark.matrix("R35")
 async def test_ten_thousand_messages_are_rendered(serve: Serve) -> None:
     stub = (await serve("qwen2")).stub
     response = await stub.RenderChat(conversation(*[("user", "Hi")] * 10_000))
@@ -299,6 +303,7 @@ def model_with(directory_of: Callable[[str], Path], tmp_path: Path) -> Callable[
     return make
 
 
+@pytest.mark.matrix("R33")
 @pytest.mark.parametrize(
     "slow",
     [
@@ -323,6 +328,7 @@ async def test_a_slow_template_is_stopped_while_others_are_served(
     assert (await stub.RenderChat(request)).text == "fine"
 
 
+@pytest.mark.matrix("R34")
 async def test_a_template_cannot_reach_into_the_interpreter(
     serve: Serve, model_with: Callable[[str], Path]
 ) -> None:
@@ -369,6 +375,7 @@ async def test_many_ids_are_decoded_without_holding_others_up(
     assert len((await decoding).text) >= 499_744
 
 
+@pytest.mark.matrix("R28")
 async def test_bytes_that_are_no_characters_become_replacements(
     serve: Serve, loaded: Callable[[str], LoadedTokenizer]
 ) -> None:
@@ -380,6 +387,7 @@ async def test_bytes_that_are_no_characters_become_replacements(
     assert (await stub.Decode(request)).text == "a\ufffdb"
 
 
+@pytest.mark.matrix("R28")
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
@@ -517,6 +525,7 @@ class Panic(BaseException):
     """Stands for what a panic in native code raises."""
 
 
+@pytest.mark.matrix("R12")
 async def test_a_panic_in_the_encoder_is_answered(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -603,6 +612,7 @@ async def test_a_cancelled_call_frees_its_place(
     assert (await again).tokens.ids == [1]
 
 
+@pytest.mark.matrix("R8", "R11")
 @pytest.mark.parametrize(
     "data",
     [b"\xff\xff\xff", b"\x0a\x05ab", b"\x0a\x02\xff\xfe", b"\x08\x01", b"\x0a" * 3],
@@ -620,6 +630,7 @@ async def test_malformed_bytes_are_answered_without_a_trace_of_the_inside(
     assert (await served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
 
 
+@pytest.mark.matrix("R11")
 async def test_unknown_fields_are_passed_over(serve: Serve) -> None:
     served = await serve("qwen2")
     request = pb.TokenizerServiceEncodeRequest(text="x").SerializeToString() + b"\xf8\x06\x01"

@@ -180,6 +180,7 @@ def test_eos_ids_of_the_generation_config_come_first(qwen3: Path) -> None:
     assert open_checkpoint(qwen3).config.eos_token_ids == (5, 6)
 
 
+@pytest.mark.matrix("R79")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -295,6 +296,7 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], 
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
+@pytest.mark.matrix("R78")
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -337,6 +339,7 @@ def offsets_beyond_the_file(data: bytes) -> bytes:
     return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
 
 
+@pytest.mark.matrix("R78")
 @pytest.mark.parametrize(
     "damage", [truncated, huge_header, offsets_beyond_the_file, lambda data: b"", lambda _: b"{}"]
 )
@@ -347,6 +350,7 @@ def test_damaged_file_is_named(qwen3: Path, damage: Callable[[bytes], bytes]) ->
         make_runner(qwen3)
 
 
+@pytest.mark.matrix("R79")
 @pytest.mark.parametrize(
     "shard", ["../other/model.safetensors", "OUTSIDE", "a\\b.safetensors", "model.bin", "", 7]
 )
@@ -397,6 +401,7 @@ class Malicious:
         return os.mkdir, (os.environ["NANOINFER_TEST_CANARY"],)
 
 
+@pytest.mark.matrix("R77")
 def test_pickle_that_runs_code_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,7 @@ async def test_cancel_before_the_engine_saw_the_request() -> None:
         harness.check_balance()
 
 
+@pytest.mark.matrix("R43")
 async def test_a_cancel_during_the_last_step_wins_over_its_output() -> None:
     async with serving() as harness:
         harness.runner.gate.clear()
@@ -139,6 +140,7 @@ async def test_a_cancel_during_the_last_step_wins_over_its_output() -> None:
         assert harness.engine.statistics.finished[FinishReason.LENGTH] == 0
 
 
+@pytest.mark.matrix("R46")
 async def test_a_deadline_ends_a_running_request_at_the_next_step() -> None:
     async with serving(FakeRunner(step_seconds=0.01)) as harness:
         deadline = time.monotonic_ns() + 50_000_000
@@ -261,6 +263,7 @@ async def test_a_failed_step_ends_what_ran_and_serving_goes_on() -> None:
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
 
 
+@pytest.mark.matrix("R55")
 async def test_a_step_that_lacks_memory_is_retried_smaller_and_nobody_notices() -> None:
     async with serving(max_batch_tokens=64) as harness:
         harness.runner.gate.clear()
@@ -372,6 +375,7 @@ async def test_a_drain_finishes_what_was_admitted_and_refuses_the_rest() -> None
         assert [tokens(r) for r in results] == [expected_tokens([i], 20) for i in range(10, 16)]
 
 
+@pytest.mark.matrix("R66")
 async def test_what_outlasts_the_drain_is_ended() -> None:
     async with serving(FakeRunner(step_seconds=0.01)) as harness:
         stream = harness.engine.submit([make_request(max_tokens=250)])

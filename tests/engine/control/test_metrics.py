@@ -12,7 +12,7 @@ from nanoinfer_engine.statistics import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.control.conftest import Engine, StartFake
-from tests.engine.fakes import FakeRunner
+from tests.engine.fakes import FakeRunner, expected_tokens
 
 TEN = pb.StoppingParams(max_tokens=10)
 EXPECTED = {
@@ -44,6 +44,7 @@ EXPECTED = {
     "vllm:iteration_tokens_total": "histogram",
     "nanoinfer_engine_accepted": "counter",
     "nanoinfer_engine_requests": "counter",
+    "nanoinfer_engine_failed_steps": "counter",
     "nanoinfer_engine_step_seconds": "histogram",
     "nanoinfer_engine_step_batch_size": "histogram",
     "nanoinfer_engine_step_host_seconds": "histogram",
@@ -147,6 +148,7 @@ async def test_accepted_is_success_and_error_and_cancelled(start_fake: StartFake
         assert values["vllm:request_params_n_count"] == 3
 
 
+@pytest.mark.matrix("R73")
 async def test_a_scrape_waits_for_no_step(start_fake: StartFake) -> None:
     async with start_fake(metrics_port=0) as engine:
         await engine.generate(stopping=TEN)
@@ -160,6 +162,21 @@ async def test_a_scrape_waits_for_no_step(start_fake: StartFake) -> None:
         assert values["nanoinfer_engine_last_step_age_seconds"] > 0.05
         engine.runner.gate.set()
         assert await call.read() is not grpc.aio.EOF
+
+
+@pytest.mark.matrix("R54", "R55")
+async def test_failed_steps_are_counted_by_what_became_of_them(start_fake: StartFake) -> None:
+    async with start_fake(metrics_port=0) as engine:
+        engine.runner.fail_step = MemoryError("no memory for this step")
+        answer = await engine.generate([11] * 12, sampling=pb.SamplingParams(seed=0), stopping=TEN)
+        assert answer.tokens() == expected_tokens([11] * 12, 10)
+        engine.runner.fail_step = RuntimeError("no such kernel")
+        lost = await engine.refused(engine.generate(stopping=TEN))
+        assert lost.info.reason == "ENGINE_LOST"
+        await engine.idle()
+        _, values = await scrape(engine)
+        assert values["nanoinfer_engine_failed_steps_total:retried"] == 1
+        assert values["nanoinfer_engine_failed_steps_total:lost"] == 1
 
 
 @pytest.mark.parametrize(("value", "bucket"), [(0.5, 0), (1.0, 0), (1.5, 1), (2.0, 1), (9.0, 2)])

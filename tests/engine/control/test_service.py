@@ -91,6 +91,7 @@ async def test_a_client_that_cancels_frees_its_blocks_within_a_step(start_fake: 
         assert len(engine.runner.batches) <= before + 4
 
 
+@pytest.mark.matrix("R40")
 async def test_a_cancelled_queued_request_never_runs(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.03), max_batch_requests=1) as engine:
         first = engine.call(stopping=pb.StoppingParams(max_tokens=30))
@@ -106,6 +107,7 @@ async def test_a_cancelled_queued_request_never_runs(start_fake: StartFake) -> N
         assert all(row.token_ids[0] != 9 for row in rows)
 
 
+@pytest.mark.matrix("R46")
 async def test_a_deadline_ends_the_call_and_frees(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.01)) as engine:
         request = engine_pb2.EngineServiceGenerateRequest(prompt=pb.TokenIds(ids=[11]))
@@ -114,6 +116,7 @@ async def test_a_deadline_ends_the_call_and_frees(start_fake: StartFake) -> None
         await engine.idle()
 
 
+@pytest.mark.matrix("R47")
 async def test_the_default_deadline_applies(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.01), default_deadline_seconds=0.15) as engine:
         request = engine_pb2.EngineServiceGenerateRequest(prompt=pb.TokenIds(ids=[11]))
@@ -173,6 +176,7 @@ async def test_the_bytes_of_a_request_count_in_the_queue(start_fake: StartFake) 
         await asyncio.gather(_rest(first), _rest(waiting))
 
 
+@pytest.mark.matrix("R50")
 async def test_a_flood_of_one_tenant_does_not_hold_another_up(start_fake: StartFake) -> None:
     settings = {"max_batch_requests": 2, "max_waiting_requests": 64}
     async with start_fake(FakeRunner(step_seconds=0.002), **settings) as engine:
@@ -191,6 +195,7 @@ async def test_a_flood_of_one_tenant_does_not_hold_another_up(start_fake: StartF
         await engine.idle()
 
 
+@pytest.mark.matrix("R5")
 async def test_what_can_never_fit_is_refused(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(num_blocks=4)) as engine:
         too_much = pb.StoppingParams(max_tokens=14)
@@ -206,6 +211,7 @@ async def test_what_can_never_fit_is_refused(start_fake: StartFake) -> None:
         assert info.model.max_output_tokens == 15
 
 
+@pytest.mark.matrix("R53")
 async def test_a_row_failure_is_internal_and_opaque(fake: Engine) -> None:
     fake.runner.fail_row = lambda row: ValueError("/secret/path") if 9 in row.token_ids else None
     good, bad = await asyncio.gather(
@@ -224,6 +230,7 @@ async def test_one_failed_completion_ends_its_siblings(fake: Engine) -> None:
     await fake.idle()
 
 
+@pytest.mark.matrix("R54")
 async def test_a_lost_step_is_unavailable_and_serving_goes_on(fake: Engine) -> None:
     fake.runner.fail_step = RuntimeError("no such kernel")
     lost = await fake.refused(fake.generate(stopping=TEN))
@@ -237,6 +244,7 @@ async def test_a_lost_step_is_unavailable_and_serving_goes_on(fake: Engine) -> N
     assert int(late.info.metadata["outputTokens"]) >= 1
 
 
+@pytest.mark.matrix("R60")
 async def test_a_stalled_engine_reports_not_serving_and_recovers(start_fake: StartFake) -> None:
     async with start_fake(stall_seconds=0.1) as engine:
         engine.runner.gate.clear()
@@ -252,6 +260,7 @@ async def test_a_stalled_engine_reports_not_serving_and_recovers(start_fake: Sta
         assert await _health(engine) == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.matrix("R56")
 async def test_a_lost_device_fails_the_service(fake: Engine) -> None:
     fake.runner.fail_step = RuntimeError("CUDA error: device-side assert")
     lost = await fake.refused(fake.generate())
