@@ -136,6 +136,7 @@ async def test_exhausted_carries_retry_info_and_pushback(probe: Probe) -> None:
 async def test_client_cancel(probe: Probe, spans: InMemorySpanExporter, method: str) -> None:
     running = asyncio.ensure_future(call(probe.channel, method, b"wait"))
     while not probe.service.num_waits:
+        assert not running.done()
         await asyncio.sleep(0.01)
     running.cancel()
     span = await server_span(spans)

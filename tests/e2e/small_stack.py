@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.engine.control.conftest import Engine, start_engine
 from tests.engine.fakes import VOCAB_SIZE, FakeRunner
-from tests.gateway.fakes import FakeTokenizer, Gateway, gateway, serving
+from tests.gateway.fakes import SPECIAL, FakeTokenizer, Gateway, gateway, serving
 
 # the text of a completion is its ids in base 10, a word each
 TOKENS = tuple(f" {number}".encode() for number in range(VOCAB_SIZE))
@@ -27,8 +27,8 @@ class SmallStack:
 
 
 def words(ids: list[int]) -> str:
-    """The text of these ids."""
-    return b"".join(TOKENS[token_id] for token_id in ids).decode()
+    """The text of these ids; a special token has none."""
+    return b"".join(TOKENS[token_id] for token_id in ids if token_id != SPECIAL).decode()
 
 
 @asynccontextmanager
