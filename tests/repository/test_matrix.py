@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 
 import pytest
 
@@ -22,6 +23,7 @@ def test_every_row_that_is_built_is_proven(rows: list[matrix.Row]) -> None:
     proven = {name for name, tests in matrix.proofs().items() if tests}
     unproven = {row.name for row in rows if row.is_built} - proven
     assert unproven - matrix.PENDING == set()
+    assert {row.name for row in rows if row.is_built} >= matrix.PENDING
 
 
 def test_tests_name_known_rows_that_are_built(rows: list[matrix.Row]) -> None:
@@ -62,3 +64,14 @@ def test_a_row_without_a_test_is_told() -> None:
     assert matrix.state(row, ["test"]) == "test"
     unbuilt = matrix.Row("R15", "fault", "client", "system", is_built=False)
     assert matrix.state(unbuilt, []) == "not built"
+
+
+def test_the_table_is_printed_and_the_exit_code_is_right(
+    rows: list[matrix.Row], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert matrix.main() == 0
+    printed = capsys.readouterr().out
+    assert all(f"| {row.name} | {row.fault} |" in printed for row in rows)
+    monkeypatch.setattr(matrix, "proofs", lambda: defaultdict(list))
+    assert matrix.main() == 1
+    assert "UNPROVEN" in capsys.readouterr().out
