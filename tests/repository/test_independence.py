@@ -207,11 +207,11 @@ RULES = [timed_comparisons, short_guards, counted_waits, foreign_paths]
 Rule = Callable[[Module], Iterator[Finding]]
 
 
-def findings(rule: Rule) -> Iterator[tuple[str, str]]:
+@functools.cache
+def findings(rule: Rule) -> list[tuple[str, str]]:
     """`file:function` and `file:line` of all that a rule finds in the tests."""
-    for file, module in modules().items():
-        for name, line in rule(module):
-            yield f"{file}:{name}", f"{file}:{line}"
+    found = [(file, *each) for file, module in modules().items() for each in rule(module)]
+    return [(f"{file}:{name}", f"{file}:{line}") for file, name, line in found]
 
 
 @functools.cache

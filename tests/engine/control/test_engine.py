@@ -327,8 +327,8 @@ def test_which_errors_mean_a_lost_device(error: Exception, expected: bool) -> No
 
 
 async def test_a_reader_that_stalls_is_ended_and_others_are_not() -> None:
-    patience = Patience(reader_seconds=0.05, buffered_tokens=8)
-    async with serving(FakeRunner(step_seconds=0.002), patience) as harness:
+    patience = Patience(reader_seconds=0.5, buffered_tokens=8)
+    async with serving(FakeRunner(step_seconds=0.006), patience) as harness:
         stalled = harness.engine.submit([make_request(max_tokens=250)])
         other = harness.engine.submit([make_request([77], 60)])
         assert tokens(await collect(other)) == expected_tokens([77], 60)
@@ -340,7 +340,7 @@ async def test_a_reader_that_stalls_is_ended_and_others_are_not() -> None:
 
 
 async def test_a_slow_reader_that_catches_up_is_left_alone() -> None:
-    patience = Patience(reader_seconds=0.2, buffered_tokens=8)
+    patience = Patience(reader_seconds=20.0, buffered_tokens=8)
     async with serving(FakeRunner(step_seconds=0.002), patience) as harness:
         stream = harness.engine.submit([make_request(max_tokens=150)])
         seen: list[RequestOutput] = []
@@ -352,8 +352,8 @@ async def test_a_slow_reader_that_catches_up_is_left_alone() -> None:
 
 
 async def test_the_watchdog_reports_a_hanging_step_and_its_recovery() -> None:
-    async with serving(patience=Patience(step_seconds=0.1)) as harness:
-        await asyncio.sleep(0.3)  # idle is not stalled
+    async with serving(patience=Patience(step_seconds=0.5)) as harness:
+        await asyncio.sleep(0.8)  # idle is not stalled
         assert harness.listener.stalls == []
         harness.runner.gate.clear()
         stream = harness.engine.submit([make_request()])

@@ -246,7 +246,7 @@ async def test_a_lost_step_is_unavailable_and_serving_goes_on(fake: Engine) -> N
 
 @pytest.mark.matrix("R60")
 async def test_a_stalled_engine_reports_not_serving_and_recovers(start_fake: StartFake) -> None:
-    async with start_fake(stall_seconds=0.1) as engine:
+    async with start_fake(stall_seconds=0.5) as engine:
         engine.runner.gate.clear()
         call = engine.call(stopping=TEN)
         await engine.until(lambda load: load.admission_state == engine_pb2.ADMISSION_STATE_CLOSED)
@@ -272,7 +272,7 @@ async def test_a_lost_device_fails_the_service(fake: Engine) -> None:
 
 async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFake) -> None:
     runner = FakeRunner(num_blocks=16_000, max_model_len=4000, window=4)
-    settings = {"reader_stall_seconds": 0.3, "max_buffered_tokens": 64}
+    settings = {"reader_stall_seconds": 1.0, "max_buffered_tokens": 64}
     settings |= {"max_batch_requests": 17, "max_batch_tokens": 64, "max_waiting_requests": 20}
     async with start_fake(runner, **settings) as engine:
         # 16 completions with 20 alternatives, some 7 kB a step: gRPC widens its window to some MB
@@ -347,10 +347,10 @@ async def test_priority_comes_from_metadata(start_fake: StartFake) -> None:
 
 
 async def test_a_drain_finishes_streams_and_refuses_new_ones(start_fake: StartFake) -> None:
-    async with start_fake(FakeRunner(step_seconds=0.005), drain_seconds=5) as engine:
+    async with start_fake(FakeRunner(step_seconds=0.005), drain_seconds=60) as engine:
         call = engine.call(sampling=SEED, stopping=pb.StoppingParams(max_tokens=60))
         await call.read()
-        drain = asyncio.create_task(engine.service.drain(5))
+        drain = asyncio.create_task(engine.service.drain(60))
         await asyncio.sleep(0.02)
         refused = await engine.refused(engine.generate())
         assert (refused.code, refused.info.reason) == (
