@@ -100,6 +100,7 @@ async def crowd(stack: SmallStack, seed: int, seconds: float) -> Counter[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.matrix("R87")
 async def test_a_minute_of_everything_leaves_nothing_behind(tmp_path: Path) -> None:
     runner = FakeRunner(num_blocks=40, max_model_len=128, step_seconds=0.001)  # 160 tokens
@@ -127,6 +128,7 @@ async def test_a_minute_of_everything_leaves_nothing_behind(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.matrix("R87")
 def test_a_real_model_gives_every_stream_its_own_tokens() -> None:
     command = [sys.executable, "benchmarks/soak.py", "--model", str(GUIDE), "--cases", "12"]

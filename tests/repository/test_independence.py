@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,18 @@ GUARDS |= {"communicate": 1, "run": 9, "urlopen": 2, "wait_procs": 1, "until_hea
 # An absolute path; names of RPCs have a dot in their first part.
 PATH = re.compile(r"/[a-z][\w-]*(/[\w.\[\]-]*)*$")
 
+TIME = re.compile(r"(_ns|seconds|latency|duration|elapsed)(_total|_sum)?$")
+
 # "file:function" -> why what is found there relies on nothing of the machine
 ALLOWED = {
     "engine/control/test_service.py:test_watch_load_sends_at_once_and_on_change": (
         "waits for nothing to come: a slow machine makes that no less true"
+    ),
+    "e2e/test_trace.py:test_the_engines_phases_fill_its_span": (
+        "the same moments told twice, in a span and in a message"
+    ),
+    "engine/control/test_service.py:test_a_full_queue_is_an_immediate_answer": (
+        "the range of an advice, not a time that was measured"
     ),
     "tokenizer/test_chat.py:template": "seconds for a rendering: a setting, not a guard",
     "deploy/test_rendering.py:test_the_job_that_loads_a_model_fits": "a path in a container",
@@ -137,6 +146,34 @@ def timed_comparisons(module: Module) -> Iterator[Finding]:
                     yield name, node.lineno
 
 
+def reported_times(module: Module) -> Iterator[Finding]:
+    """Comparisons of a time that a service reports with a number that it must not be above."""
+    for name, node in module.nodes():
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = [node.left, *node.comparators]
+        for (less, more), sign in zip(pairwise(sides), node.ops, strict=True):
+            if isinstance(sign, ast.Gt | ast.GtE):
+                less, more = more, less
+            is_time = any(TIME.search(text) for text in reported(less))
+            is_bound = is_constant(more, module) and not isinstance(sign, ast.Eq | ast.In | ast.Is)
+            if is_time and is_bound:
+                yield name, node.lineno
+
+
+def reported(node: ast.AST) -> list[str]:
+    """Names of attributes, keys and functions in an expression."""
+    found = []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute):
+            found.append(part.attr)
+        elif isinstance(part, ast.Call) and isinstance(part.func, ast.Name):
+            found.append(part.func.id)
+        elif isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant):
+            found.append(str(part.slice.value))
+    return found
+
+
 def bounds(node: ast.AST) -> list[ast.AST]:
     """The bounds in seconds of something that waits."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -203,7 +240,7 @@ def rest_of_text(node: ast.AST) -> list[ast.AST]:
 
 
 IN = "def test(): "
-RULES = [timed_comparisons, short_guards, counted_waits, foreign_paths]
+RULES = [timed_comparisons, reported_times, short_guards, counted_waits, foreign_paths]
 Rule = Callable[[Module], Iterator[Finding]]
 
 
@@ -244,6 +281,10 @@ def test_every_exception_is_still_needed() -> None:
             0,
         ),
         (timed_comparisons, "assert time.process_time() - began < 2", 0),
+        (reported_times, "assert timings.total_ns - phases < 50_000_000", 1),
+        (reported_times, "assert 0 < seconds(server) - total < 0.05", 1),
+        (reported_times, "assert values['age_seconds'] > 0.05", 0),
+        (reported_times, "assert timings.total_ns < spent", 0),
         (short_guards, "async def f(): await asyncio.wait_for(event.wait(), 2)", 1),
         (short_guards, "async def f():\n  async with asyncio.timeout(5): pass", 1),
         (short_guards, "SECONDS = 5.0\nend = time.monotonic() + SECONDS", 1),

@@ -23,7 +23,9 @@ SEED = pb.SamplingParams(seed=0)
 
 
 async def test_a_stream_brings_deltas_then_finish_and_summary(fake: Engine) -> None:
+    began = time.monotonic_ns()
     answer = await fake.generate(sampling=SEED, stopping=TEN, request_id="r-1")
+    spent = time.monotonic_ns() - began
     assert answer.tokens() == expected_tokens([11, 12, 13], 10)
     assert answer.messages[0].prompt_info.prompt_tokens == 3
     assert not any(m.HasField("prompt_info") for m in answer.messages[1:])
@@ -37,8 +39,7 @@ async def test_a_stream_brings_deltas_then_finish_and_summary(fake: Engine) -> N
     assert (summary.model, summary.request_id) == ("fake", "r-1")
     timings = summary.timings
     phases = timings.queue_ns + timings.prefill_ns + timings.decode_ns
-    assert 0 < timings.time_to_first_token_ns <= phases <= timings.total_ns
-    assert timings.total_ns - phases < 50_000_000
+    assert 0 < timings.time_to_first_token_ns <= phases <= timings.total_ns < spent
     await fake.idle()
 
 
