@@ -5,12 +5,13 @@
 Runs two engines behind gRPC in this process, one after the other. The first has memory for all,
 no prefix cache and one row: it says what each request gives alone. The second has memory for a few
 requests, so that preemption is constant, and is sent random arrivals with shared prefixes, tenants,
-priorities, n > 1, cancels and deadlines until the time is up.
+priorities, n > 1, stop ids, cancels and deadlines until the time is up.
 
 A stream passes if its tokens are those of the request alone, or a beginning of them where it was
 cut short. A divergence is excused, and counted, where the two best logits of the request alone are
 closer than 1e-4 at the first token that differs. Then nothing may be left: no block in use, none
-lost, no request, and no more resident memory than after the first quarter but for a margin.
+lost, no request, no task and no file descriptor that was not there before, and no more resident
+memory than after the first quarter but for a margin.
 Prints one JSON object; the exit code is 1 where something failed.
 """
 
@@ -65,6 +66,8 @@ class Tally:
     excused: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    descriptors: list[int] = field(default_factory=list)
+    tasks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -93,13 +96,20 @@ async def serving(**settings: Any) -> AsyncIterator[Server]:
 
 
 def ask(
-    case_prompt: Sequence[int], max_tokens: int, n: int, logprobs: int | None
+    case_prompt: Sequence[int],
+    max_tokens: int,
+    n: int,
+    logprobs: int | None,
+    stop_token_ids: Sequence[int] = (),
 ) -> engine_pb2.EngineServiceGenerateRequest:
     """A greedy request."""
+    stopping = generation_pb2.StoppingParams(
+        max_tokens=max_tokens, ignore_eos=True, stop_token_ids=stop_token_ids
+    )
     return engine_pb2.EngineServiceGenerateRequest(
         prompt=generation_pb2.TokenIds(ids=case_prompt),
         sampling=generation_pb2.SamplingParams(temperature=0, n=n),
-        stopping=generation_pb2.StoppingParams(max_tokens=max_tokens, ignore_eos=True),
+        stopping=stopping,
         response=generation_pb2.ResponseOptions(logprobs=logprobs),
     )
 
@@ -126,14 +136,23 @@ async def alone(server: Server, prompt: tuple[int, ...], max_tokens: int) -> Cas
     return Case(prompt, tuple(tokens), tuple(gaps))
 
 
-def judge(case: Case, tokens: Sequence[int], is_whole: bool, tally: Tally) -> None:
+def expected_tokens(case: Case, max_tokens: int, stop_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """What the request gives alone with these stops."""
+    tokens = case.tokens[:max_tokens]
+    ends = [i for i, token_id in enumerate(tokens) if token_id in stop_token_ids]
+    return tokens[: ends[0]] if ends else tokens
+
+
+def judge(
+    case: Case, expected: Sequence[int], tokens: Sequence[int], is_whole: bool, tally: Tally
+) -> None:
     """Compare a stream with the request alone."""
     tally.tokens += len(tokens)
-    pairs = enumerate(zip(tokens, case.tokens, strict=False))
-    first = next((i for i, (given, expected) in pairs if given != expected), None)
+    pairs = enumerate(zip(tokens, expected, strict=False))
+    first = next((i for i, (given, wanted) in pairs if given != wanted), None)
     if first is None:
-        if is_whole and len(tokens) > len(case.tokens):
-            tally.wrong.append(f"{len(tokens)} tokens, {len(case.tokens)} asked for")
+        if len(tokens) > len(expected) or (is_whole and len(tokens) < len(expected)):
+            tally.wrong.append(f"{len(tokens)} tokens for {len(expected)}, whole: {is_whole}")
         return
     if case.gaps[first] < TIE:
         tally.excused.append(case.gaps[first])
@@ -145,6 +164,7 @@ async def visit(server: Server, case: Case, chance: random.Random, tally: Tally)
     """One client: reads to the end, cancels on the way, or runs into its deadline."""
     n = chance.choice((1, 1, 1, 1, 2, 4))
     max_tokens = chance.randrange(1, len(case.tokens) + 1)
+    stops = (chance.choice(case.tokens),) if chance.random() < 0.3 else ()
     cancel_after = chance.randrange(0, max_tokens) if chance.random() < 0.2 else None
     timeout = chance.uniform(0.05, 2.0) if chance.random() < 0.1 else 300
     metadata = (
@@ -152,7 +172,7 @@ async def visit(server: Server, case: Case, chance: random.Random, tally: Tally)
         ("x-nanoinfer-priority", str(chance.choice((-1, 0, 0, 0, 1)))),
     )
     call = server.stub.Generate(
-        ask(case.prompt, max_tokens, n, None), metadata=metadata, timeout=timeout
+        ask(case.prompt, max_tokens, n, None, stops), metadata=metadata, timeout=timeout
     )
     streams: list[list[int]] = [[] for _ in range(n)]
     outcome = "complete"
@@ -171,9 +191,8 @@ async def visit(server: Server, case: Case, chance: random.Random, tally: Tally)
         outcome = "CANCELLED"
     tally.outcomes[outcome] += 1
     for tokens in streams:
-        judge(case, tokens[:max_tokens], outcome == "complete", tally)
-        if len(tokens) > max_tokens or (outcome == "complete" and len(tokens) < max_tokens):
-            tally.wrong.append(f"{outcome} with {len(tokens)} of {max_tokens} tokens")
+        expected = expected_tokens(case, max_tokens, stops)
+        judge(case, expected, tokens, outcome == "complete", tally)
 
 
 async def client(
@@ -187,11 +206,18 @@ async def client(
             await asyncio.sleep(chance.expovariate(10))
 
 
-async def watch_memory(ends: float, tally: Tally) -> None:
-    """Resident bytes, once a second."""
+def observe(tally: Tally) -> None:
+    """Note what the process holds now."""
     process = psutil.Process()
+    tally.memory.append(process.memory_info().rss)
+    tally.descriptors.append(process.num_fds())
+    tally.tasks.append(len(asyncio.all_tasks()))
+
+
+async def watch_process(ends: float, tally: Tally) -> None:
+    """What the process holds, once a second."""
     while time.monotonic() < ends:
-        tally.memory.append(process.memory_info().rss)
+        observe(tally)
         await asyncio.sleep(1)
 
 
@@ -202,6 +228,10 @@ async def check_nothing_left(server: Server, tally: Tally) -> None:
         if not reply.load.running_requests + reply.load.waiting_requests:
             break
         await asyncio.sleep(0.05)
+    observe(tally)
+    for name, values in (("descriptors", tally.descriptors), ("tasks", tally.tasks)):
+        if values[-1] > values[0]:
+            tally.wrong.append(f"{values[0]} {name} before and {values[-1]} afterwards")
     load = reply.load
     if load.running_requests or load.waiting_requests or load.kv_cache_usage:
         tally.wrong.append(f"left behind: {load}")
@@ -216,7 +246,7 @@ async def check_nothing_left(server: Server, tally: Tally) -> None:
 def report(server: Server, tally: Tally, num_seconds: float) -> dict[str, object]:
     """The figures."""
     snapshot = server.service._engine.statistics
-    quarter = tally.memory[len(tally.memory) // 4 :]
+    quarter = tally.memory[len(tally.memory) // 4 : -1]
     growth = max(quarter[len(quarter) // 2 :]) - max(quarter[: len(quarter) // 2 + 1])
     if growth > MEMORY_MARGIN:
         tally.wrong.append(f"memory grew by {growth} bytes")
@@ -232,6 +262,8 @@ def report(server: Server, tally: Tally, num_seconds: float) -> dict[str, object
         "largest_excused_gap": max(tally.excused, default=0.0),
         "resident_mib": [round(value / 2**20) for value in (quarter[0], quarter[-1])],
         "resident_growth_mib": round(growth / 2**20, 1),
+        "descriptors": [tally.descriptors[0], max(tally.descriptors), tally.descriptors[-1]],
+        "tasks": [tally.tasks[0], max(tally.tasks), tally.tasks[-1]],
         "failures": len(tally.wrong),
         "first_failures": tally.wrong[:10],
     }
@@ -251,10 +283,12 @@ async def soak(arguments: argparse.Namespace) -> dict[str, object]:
     async with serving(
         **model, kv_cache_memory=arguments.kv_cache_memory, max_batch_requests=16
     ) as server:
+        await server.stub.GetModelInfo(engine_pb2.EngineServiceGetModelInfoRequest())  # connects
+        observe(tally)
         began = time.monotonic()
         ends = began + 60 * arguments.minutes
         await asyncio.gather(
-            watch_memory(ends, tally),
+            watch_process(ends, tally),
             *(
                 client(server, cases, chance.randrange(2**32), ends, tally)
                 for _ in range(arguments.streams)

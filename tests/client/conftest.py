@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from nanoinfer import AsyncClient, Client
 
-from tests.client.fake_gateway import Behaviour, running_gateway
+from tests.client.fake_gateway import CLIENT_TIMEOUT, Behaviour, running_gateway
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def target(behaviour: Behaviour) -> Iterator[str]:
 
 @pytest.fixture
 def client(target: str) -> Iterator[Client]:
-    with Client(target, timeout=20) as client:
+    with Client(target, timeout=CLIENT_TIMEOUT) as client:
         yield client
 
 
 @pytest.fixture
 async def async_client(target: str) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(target, timeout=20) as client:
+    async with AsyncClient(target, timeout=CLIENT_TIMEOUT) as client:
         yield client

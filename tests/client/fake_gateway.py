@@ -46,6 +46,9 @@ def finish(
     return generation_pb2.ChoiceFinish(index=index, reason=reason, stop_match=match, seed=seed)
 
 
+CLIENT_TIMEOUT = 120.0  # of the fixtures' clients
+
+
 @dataclass
 class Arrival:
     """One call as the gateway saw it."""

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--port-file", type=Path, required=True)
     parser.add_argument("--ready-after", type=float, default=0.0)
     parser.add_argument("--die-after", type=float)
+    parser.add_argument("--die-at", type=Path, help="dies when this file is there")
     parser.add_argument("--stop-seconds", type=float, default=0.0)
     parser.add_argument("--deaf", action="store_true")
     arguments, _ = parser.parse_known_args()
@@ -55,8 +56,10 @@ def main() -> None:
     timer = threading.Timer(arguments.ready_after, lambda: checks.set("readiness", status.SERVING))
     timer.daemon = True
     timer.start()
-    if arguments.die_after is not None:
-        time.sleep(arguments.die_after)
+    if arguments.die_after is not None or arguments.die_at is not None:
+        time.sleep(arguments.die_after or 0)
+        while arguments.die_at is not None and not arguments.die_at.exists():
+            time.sleep(0.02)
         print("something broke\nlast words", flush=True)
         os._exit(7)
     signal.sigwait(told)

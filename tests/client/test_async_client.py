@@ -74,7 +74,8 @@ async def test_leaving_a_stream_cancels_upstream(
             break
     else:
         task = asyncio.create_task(async_client.stream("x").result())
-        await asyncio.sleep(0.2)
+        while not behaviour.arrivals:
+            await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -87,7 +88,7 @@ async def test_closing_from_another_task_ends_the_iteration(
 ) -> None:
     def silent(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         yield STREAM(deltas=[gateway_pb2.TextDelta(text="a")])
-        behaviour.cancelled.wait(10)
+        behaviour.cancelled.wait(60)
 
     behaviour.stream = silent
     stream = async_client.stream("x")
@@ -95,7 +96,7 @@ async def test_closing_from_another_task_ends_the_iteration(
     reader = asyncio.create_task(stream.result())
     await asyncio.sleep(0.1)
     await stream.aclose()
-    assert (await asyncio.wait_for(reader, 2)).text == "a"
+    assert (await asyncio.wait_for(reader, 60)).text == "a"
 
 
 async def test_until(async_client: AsyncClient, behaviour: Behaviour) -> None:
@@ -142,7 +143,7 @@ async def test_closing_the_client_is_an_error_for_what_is_under_way(
     await asyncio.sleep(0.1)
     await client.close()
     with pytest.raises(nanoinfer.Cancelled):
-        await asyncio.wait_for(reader, 2)
+        await asyncio.wait_for(reader, 60)
 
 
 async def test_no_server() -> None:

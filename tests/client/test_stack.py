@@ -96,7 +96,7 @@ def test_up_is_ready_and_ends_in_order(
         assert state.find(running.target.replace("127.0.0.1", "localhost")) == running
         assert state.find("127.0.0.1:1") is None
         process.send_signal(number)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     ends = [pair for pair in order(events_file) if pair[1] != "started"]
     assert ends[:2] == [("gateway", "told"), ("gateway", "ended")]
     assert sorted(name for name, event in ends[2:] if event == "ended") == ["engine", "tokenizer"]
@@ -104,11 +104,14 @@ def test_up_is_ready_and_ends_in_order(
     assert no_process_left(events_file)
 
 
-def test_a_service_that_dies_ends_the_rest(events_file: Path) -> None:
-    with supervisor({"engine": ["--die-after", "2.5"]}) as process:
-        output, errors = process.communicate(timeout=30)
+def test_a_service_that_dies_ends_the_rest(events_file: Path, tmp_path: Path) -> None:
+    told = tmp_path / "die"
+    with supervisor({"engine": ["--die-at", str(told)]}) as process:
+        assert process.stdout is not None
+        assert "is ready at" in process.stdout.readline()
+        told.touch()
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "is ready at" in output
     assert "the engine ended with exit code 7:" in errors
     assert "  last words" in errors
     assert "Traceback" not in errors
@@ -118,9 +121,10 @@ def test_a_service_that_dies_ends_the_rest(events_file: Path) -> None:
 
 
 def test_a_service_that_dies_before_it_is_ready(events_file: Path) -> None:
+    # the engine is waited for, because its refusal says more than the tokenizer's
     flags = {"tokenizer": ["--die-after", "0.2"], "engine": ["--ready-after", "0.5"]}
     with supervisor(flags) as process:
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert output == ""
     assert "the tokenizer ended with exit code 7" in errors
@@ -144,7 +148,7 @@ def test_the_engines_refusal_is_shown_before_the_tokenizers_that_came_first(
 
 def test_a_command_that_cannot_start_a_service(events_file: Path) -> None:
     with supervisor({"tokenizer": ["--ready-after", "not a number"]}) as process:
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "invalid float value" in errors
 
@@ -154,7 +158,7 @@ def test_slow_services_are_waited_for_with_progress(events_file: Path) -> None:
         assert process.stdout is not None
         assert "is ready at" in process.stdout.readline()
         process.terminate()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "starting: " in errors
     assert "engine loading" in errors
@@ -162,12 +166,12 @@ def test_slow_services_are_waited_for_with_progress(events_file: Path) -> None:
 
 def test_a_signal_during_the_start(events_file: Path) -> None:
     with supervisor({"engine": ["--ready-after", "60"]}) as process:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while ("engine", "started") not in order(events_file):
             assert time.monotonic() < end
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert no_process_left(events_file)
 
 
@@ -176,14 +180,14 @@ def test_a_second_signal_kills_what_does_not_end(events_file: Path) -> None:
         assert process.stdout is not None
         assert "is ready at" in process.stdout.readline()
         process.terminate()
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while ("gateway", "ended") not in order(events_file):
             assert time.monotonic() < end
             time.sleep(0.05)
         time.sleep(0.5)
         assert process.poll() is None
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     assert no_process_left(events_file)
 
 
@@ -193,8 +197,8 @@ def test_killed_outright_it_leaves_nothing_behind(events_file: Path) -> None:
         assert process.stdout is not None
         assert "is ready at" in process.stdout.readline()
         process.kill()
-        process.wait(10)
-        end = time.monotonic() + 10
+        process.wait(60)
+        end = time.monotonic() + 60
         while not no_process_left(events_file):
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -229,15 +233,18 @@ def test_what_the_services_are_told(
 
 
 def test_not_ready_in_time(events_file: Path) -> None:
-    settings = StackSettings(
-        Path("m"), start_timeout=2.0, commands=commands({"engine": ["--ready-after", "60"]})
-    )
-    with (
-        Interrupts() as interrupts,
-        pytest.raises(CommandError, match=r"not ready within 2 s: .*engine loading"),
-        Stack(settings, interrupts, Ports()),
-    ):
-        pass
+    slow = commands({"engine": ["--ready-after", "600"]})
+    for seconds in (2, 20, 60):  # on a loaded machine the engine may not even listen so soon
+        settings = StackSettings(Path("m"), start_timeout=float(seconds), commands=slow)
+        with (
+            Interrupts() as interrupts,
+            pytest.raises(CommandError, match=f"not ready within {seconds} s: ") as refused,
+            Stack(settings, interrupts, Ports()),
+        ):
+            pass
+        if "engine loading" in str(refused.value):
+            break
+    assert "engine loading" in str(refused.value)
     assert no_process_left(events_file)
 
 

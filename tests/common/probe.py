@@ -29,6 +29,7 @@ class ProbeService:
         self.events: list[str] = []
         self.release = asyncio.Event()
         self.running = 0
+        self.num_waits = 0
         self.peers: set[str] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -116,6 +117,7 @@ class ProbeService:
             case b"slow":
                 await asyncio.sleep(1)
             case b"wait":
+                self.num_waits += 1
                 await self.release.wait()
             case _:
                 self.events.append(request.decode())

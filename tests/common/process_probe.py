@@ -28,7 +28,7 @@ class ProcessProbe(ProbeService):
     async def start(self) -> None:
         match self.settings.start_mode:
             case "slow thread":
-                await asyncio.to_thread(time.sleep, 30)
+                await asyncio.to_thread(time.sleep, 300)
             case "refused":
                 raise StartError("model.pt: holds no weights")
             case "broken":

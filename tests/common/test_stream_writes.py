@@ -1,7 +1,6 @@
 """Stream messages: slots, readers that take nothing, and entries that stay too long."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +54,7 @@ async def test_slots_are_few_and_a_long_write_does_not_keep_them() -> None:
     stuck = Holders(slots)
     stalled = [asyncio.create_task(stuck.hold(30)) for _ in range(2)]
     await asyncio.sleep(0.01)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         await Holders(slots).hold(0.001)
     for task in stalled:
         task.cancel()
@@ -67,12 +66,15 @@ async def test_slots_are_few_and_a_long_write_does_not_keep_them() -> None:
 
 async def test_a_slot_is_not_held_for_long() -> None:
     slots = WriteSlots(num_slots=1, max_hold_seconds=0.05)
-    task = asyncio.create_task(Holders(slots).hold(0.2))
+    task = asyncio.create_task(Holders(slots).hold(600))
     await asyncio.sleep(0)
-    started = time.monotonic()
-    async with slots.hold():
-        assert 0.02 < time.monotonic() - started < 1
-    await task
+    waiting = asyncio.create_task(Holders(slots).hold(0))
+    await asyncio.sleep(0)
+    assert not waiting.done()  # the slot is held for its time
+    await waiting
+    assert not task.done()  # and no longer
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
     later = Holders(slots)  # the late end gives no second slot away
     await asyncio.gather(*[later.hold(0.001) for _ in range(10)])
     assert later.most == 1
@@ -92,7 +94,7 @@ async def test_a_waiter_that_was_cancelled_gives_no_slot_away() -> None:
 
 
 async def test_a_message_that_is_taken_in_time_is_just_written() -> None:
-    writer, context = StreamWriter(0.5), Context(0.05)
+    writer, context = StreamWriter(1.0), Context(0.08)
     for _ in range(15):  # longer together than one may take
         await writer.write(context, Empty())
     assert len(context.taken) == 15
@@ -100,7 +102,7 @@ async def test_a_message_that_is_taken_in_time_is_just_written() -> None:
 
 
 async def test_a_reader_that_takes_nothing_ends_its_own_stream_alone() -> None:
-    writer, slow, quick = StreamWriter(0.1), Context(30), Context(0.001)
+    writer, slow, quick = StreamWriter(1.0), Context(600), Context(0.001)
 
     async def stream() -> int:
         for _ in range(200):
@@ -109,8 +111,8 @@ async def test_a_reader_that_takes_nothing_ends_its_own_stream_alone() -> None:
 
     stalled = asyncio.create_task(writer.write(slow, Empty()))
     other = asyncio.create_task(stream())
-    async with asyncio.timeout(5):
-        with pytest.raises(ServiceError, match=r"took no message for 0\.1 s") as raised:
+    async with asyncio.timeout(60):
+        with pytest.raises(ServiceError, match="took no message for 1 s") as raised:
             await stalled
         assert await other == 200
     assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -119,9 +121,9 @@ async def test_a_reader_that_takes_nothing_ends_its_own_stream_alone() -> None:
 
 
 async def test_a_task_goes_on_after_its_reader_stalled() -> None:
-    writer = StreamWriter(0.02)
+    writer = StreamWriter(0.5)
     with pytest.raises(ServiceError):
-        await writer.write(Context(30), Empty())
+        await writer.write(Context(600), Empty())
     await writer.write(Context(0.001), Empty())
     assert not asyncio.current_task().cancelling()  # type: ignore[union-attr]
 
@@ -200,7 +202,7 @@ async def test_what_stays_too_long_is_told_once_and_in_order() -> None:
     assert overdue.discard("gone")
     assert not overdue.discard("gone")
     await eventually(lambda: bool(late))
-    assert late == ["first"]
+    assert late[0] == "first"
     await eventually(lambda: len(late) > 1)
     assert late == ["first", "second"]
     assert not overdue.discard("second")
@@ -210,6 +212,6 @@ async def test_what_stays_too_long_is_told_once_and_in_order() -> None:
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not holds():
             await asyncio.sleep(0.005)

@@ -58,12 +58,14 @@ async def test_a_callers_trace_is_continued_or_linked(
         assert trace.format_span_id(link.context.span_id) == SPAN_ID
 
 
+@pytest.mark.matrix("R81")
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_is_ignored(name: str) -> None:
     assert incoming_trace(GARBAGE[name]) is None
 
 
 # gRPC itself keeps one of two equal parents.
+@pytest.mark.matrix("R81")
 @pytest.mark.parametrize("name", sorted({*GARBAGE} - {"twice"}))
 async def test_garbage_starts_a_trace(spans: InMemorySpanExporter, name: str) -> None:
     async with (

@@ -72,6 +72,7 @@ def test_nothing_given_is_fine() -> None:
     )
 
 
+@pytest.mark.matrix("R16", "R17")
 @pytest.mark.parametrize("field", FLOATS)
 def test_float_bounds(field: str) -> None:
     low, high, exclusive = FLOATS[field]
@@ -116,6 +117,7 @@ INTEGERS: list[tuple[str, type[Any], str, Sequence[int], Sequence[int]]] = [
 ]
 
 
+@pytest.mark.matrix("R19", "R26")
 @pytest.mark.parametrize(("argument", "kind", "field", "accepted", "wrong"), INTEGERS)
 def test_integer_bounds(
     argument: str, kind: type[Any], field: str, accepted: Sequence[int], wrong: Sequence[int]
@@ -143,6 +145,7 @@ def test_min_tokens_is_at_most_max_tokens() -> None:
     assert error.reason == "INVALID_STOPPING_PARAMS"
 
 
+@pytest.mark.matrix("R23")
 @pytest.mark.parametrize(
     ("argument", "kind", "field", "most"),
     [
@@ -160,6 +163,7 @@ def test_id_lists(argument: str, kind: type[Any], field: str, most: int) -> None
     validate_request(**{argument: kind(**{field: [2**32 - 1]})}, limits=unknown)
 
 
+@pytest.mark.matrix("R24")
 def test_logit_bias() -> None:
     for bias in ({}, {0: -100.0, VOCAB - 1: 100.0}, {index % VOCAB: 0.0 for index in range(1024)}):
         validate_request(sampling=pb.SamplingParams(logit_bias=bias), limits=LIMITS)
@@ -180,6 +184,7 @@ def test_logit_bias() -> None:
         assert set(fields_of(error)) == {"sampling.logit_bias"}
 
 
+@pytest.mark.matrix("R21")
 def test_stop_strings() -> None:
     for stop in ([], ["x"] * 16, ["x" * 256], ["é" * 128]):
         validate_request(stop=stop, limits=LIMITS)
@@ -338,6 +343,7 @@ def test_limits_of_a_model() -> None:
     assert Limits.of(info) == Limits(5, 7, frozenset({pb.FEATURE_ECHO}))
 
 
+@pytest.mark.matrix("R27")
 def test_prompt_ids() -> None:
     for ids in ([0], [VOCAB - 1], [1] * (LENGTH - 1)):
         validate_prompt_ids(ids, LIMITS)

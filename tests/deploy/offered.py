@@ -54,7 +54,7 @@ def _scrape(service: Service) -> str:
     match = re.search(r'"metrics_port": ?(\d+)', service.log.read_text())
     assert match, service.log.read_text()
     address = f"http://127.0.0.1:{match[1]}/metrics"
-    with urllib.request.urlopen(address, timeout=10) as response:
+    with urllib.request.urlopen(address, timeout=60) as response:
         return str(response.read().decode())
 
 

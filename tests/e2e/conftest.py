@@ -48,7 +48,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             return [(service, span) for service, span in self._spans if span.trace_id == trace_id]
 
     def await_trace(
-        self, trace_id: bytes, num_spans: int, seconds: float = 10
+        self, trace_id: bytes, num_spans: int, seconds: float = 60
     ) -> list[tuple[str, trace_pb2.Span]]:
         """The trace's spans once there are `num_spans`, or whatever has come by then."""
         end = time.monotonic() + seconds
@@ -99,7 +99,7 @@ def engine(stack: Stack) -> Iterator[engine_pb2_grpc.EngineServiceStub]:
         yield engine_pb2_grpc.EngineServiceStub(channel)
 
 
-def await_idle(engine: engine_pb2_grpc.EngineServiceStub, seconds: float = 2.0) -> None:
+def await_idle(engine: engine_pb2_grpc.EngineServiceStub, seconds: float = 60.0) -> None:
     """Waits until the engine holds no block and no request; fails where it keeps one."""
     end = time.monotonic() + seconds
     while True:

@@ -29,7 +29,7 @@ class Service:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, seconds: float = 30.0) -> int:
+    def wait(self, seconds: float = 60.0) -> int:
         return self.process.wait(timeout=seconds)
 
     def health(self, name: str) -> str:
@@ -88,7 +88,7 @@ def start_service(
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(timeout=15)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

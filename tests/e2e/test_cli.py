@@ -84,7 +84,7 @@ def test_up_serves_where_it_is_told_until_it_is_told_to_stop(tmp_path: Path) -> 
         (target,) = re.findall(r"ready at (127\.0\.0\.2:\d+)", log.read_text())
         assert run("health", "--target", target).stdout == "SERVING\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0, log.read_text()
+        assert process.wait(timeout=60) == 0, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()

@@ -64,6 +64,7 @@ def test_a_checkpoint_without_a_tokenizer_says_how_to_name_one(tmp_path: Path) -
     assert "name one by --tokenizer" in result.stderr + result.stdout
 
 
+@pytest.mark.matrix("R78")
 def test_a_truncated_checkpoint(tmp_path: Path) -> None:
     model = Path(shutil.copytree(GUIDE, tmp_path / "model", ignore=shutil.ignore_patterns("facts")))
     weights = model / "model.safetensors"

@@ -91,6 +91,7 @@ class FakeRunner:
         self.step_seconds = step_seconds
         self.window = window
         self.batches: list[Batch] = []
+        self.began: list[int] = []  # monotonic nanoseconds of each step
         self.fail_step: Exception | None = None
         self.fail_row: Callable[[BatchRow], Exception | None] = lambda row: None
         self.forced: dict[int, int] = {}
@@ -108,7 +109,8 @@ class FakeRunner:
 
     def execute(self, batch: Batch) -> list[RowResult]:
         self.batches.append(batch)
-        self.gate.wait(20)
+        self.began.append(time.monotonic_ns())
+        self.gate.wait(60)
         time.sleep(self.step_seconds)
         if self.fail_step is not None:
             error, self.fail_step = self.fail_step, None

@@ -292,11 +292,11 @@ async def gateway(
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         serving_now = generation_pb2.SERVER_STATE_SERVING
-        await eventually(lambda: server.status.state == serving_now, 10)
+        await eventually(lambda: server.status.state == serving_now, 60)
         yield Gateway(gateway_pb2_grpc.GatewayServiceStub(channel), server, channel)
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits until the condition holds; fails after `seconds`."""
     async with asyncio.timeout(seconds):
         while not condition():

@@ -21,6 +21,7 @@ def admission(**bounds: int) -> tuple[Admission, list[str]]:
     return Admission(Bounds(**{**values, **bounds}), rejections.append), rejections
 
 
+@pytest.mark.matrix("R49")
 async def test_a_burst_within_one_tick_admits_exactly_the_cap() -> None:
     gate, rejections = admission(max_requests=5)
 

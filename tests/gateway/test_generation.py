@@ -199,6 +199,7 @@ async def test_the_callers_own_ids_carry_no_fingerprint() -> None:
     assert answer.summary.timings.tokenize_ns == 0
 
 
+@pytest.mark.matrix("R22")
 @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
 @pytest.mark.parametrize(
     ("pieces", "stop", "text", "num_tokens"),

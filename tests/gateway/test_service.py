@@ -34,6 +34,10 @@ from tests.gateway.fakes import (
     serving,
     tell,
 )
+from tests.waiting import DEADLINES, assert_left
+
+HOP_SECONDS = 0.05  # that a hop keeps of the deadline for itself
+TOKENIZER_SECONDS = 5  # at most, for one of its calls
 
 
 def chat(*texts: str) -> list[tokenizer_pb2.ChatMessage]:
@@ -137,15 +141,13 @@ async def test_stop_strings_stay_here_and_end_the_engines_call(
 ) -> None:
     engine.behaviour = endless()
     options = pb.GenerationOptions(stop=["aaa", "zz"])
-    started = time.monotonic()
     answer = await running_gateway.stub.Generate(
         pb.GatewayServiceGenerateRequest(text="hi", options=options)
     )
     assert answer.choices[0].finish.stop_match.stop == "aaa"
     assert answer.choices[0].text == ""
     assert answer.summary.usage.completion_tokens == 3
-    await asyncio.wait_for(engine.cancelled.wait(), 1)
-    assert time.monotonic() - started < 1
+    await asyncio.wait_for(engine.cancelled.wait(), 60)
     await eventually(lambda: engine.num_running == 0)
 
 
@@ -157,19 +159,20 @@ async def test_metadata_and_deadline_go_upstream(
         ("x-nanoinfer-priority", "-7"),
         ("x-nanoinfer-tenant", "acme"),
     )
+    began = time.monotonic()
     call = running_gateway.stub.Generate(
-        pb.GatewayServiceGenerateRequest(text="hi"), metadata=metadata, timeout=2.0
+        pb.GatewayServiceGenerateRequest(text="hi"), metadata=metadata, timeout=60.0
     )
     answer = await call
+    spent = time.monotonic() - began
     assert answer.summary.request_id == "from-metadata"
     assert dict(await call.trailing_metadata())["x-request-id"] == "from-metadata"
     _, _, encode_metadata, encode_remaining = tokenizer.calls[-1]
     for sent in (encode_metadata, engine.metadata[0]):
         assert {key: sent[key] for key, _ in metadata} == dict(metadata)
     assert engine.requests[0].request_id == "from-metadata"
-    for remaining in (encode_remaining, engine.remaining[0]):
-        assert remaining is not None
-        assert 1.5 < remaining <= 1.97  # gRPC rounds a timeout up on the wire
+    assert_left(encode_remaining, TOKENIZER_SECONDS, spent)
+    assert_left(engine.remaining[0], 60 - HOP_SECONDS, spent)
 
 
 async def test_the_field_goes_before_the_metadatas_request_id(
@@ -184,20 +187,22 @@ async def test_the_field_goes_before_the_metadatas_request_id(
     assert len(drawn.summary.request_id) == 36
 
 
+@pytest.mark.matrix("R47")
 async def test_without_a_deadline_the_servers_default_goes_upstream(
     tokenizer: FakeTokenizer, engine: FakeEngine
 ) -> None:
     async with (
         serving(tokenizer) as one,
         serving(engine) as two,
-        gateway([one.address], [two.address], default_deadline_seconds=0.5) as running,
+        gateway([one.address], [two.address], default_deadline_seconds=2) as running,
     ):
         engine.behaviour = endless()
+        began = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await running.stub.Generate(pb.GatewayServiceGenerateRequest(text="hi"))
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert 0.2 < engine.remaining[0] <= 0.47
-        await asyncio.wait_for(engine.cancelled.wait(), 1)
+        assert_left(engine.remaining[0], 2 - HOP_SECONDS, time.monotonic() - began)
+        await asyncio.wait_for(engine.cancelled.wait(), 60)
 
 
 async def test_a_clients_cancel_reaches_the_engine(
@@ -207,8 +212,8 @@ async def test_a_clients_cancel_reaches_the_engine(
     call = running_gateway.stub.GenerateStream(pb.GatewayServiceGenerateStreamRequest(text="hi"))
     await call.read()
     call.cancel()
-    await asyncio.wait_for(engine.cancelled.wait(), 1)
-    await eventually(lambda: engine.num_running == 0, 1)
+    await asyncio.wait_for(engine.cancelled.wait(), 60)
+    await eventually(lambda: engine.num_running == 0, 60)
 
 
 async def test_a_clients_cancel_ends_a_whole_answer_too(
@@ -218,7 +223,7 @@ async def test_a_clients_cancel_ends_a_whole_answer_too(
     call = running_gateway.stub.Generate(pb.GatewayServiceGenerateRequest(text="hi"))
     await eventually(lambda: engine.num_running == 1)
     call.cancel()
-    await asyncio.wait_for(engine.cancelled.wait(), 1)
+    await asyncio.wait_for(engine.cancelled.wait(), 60)
 
 
 async def test_a_clients_deadline_reaches_the_engine(
@@ -226,11 +231,14 @@ async def test_a_clients_deadline_reaches_the_engine(
 ) -> None:
     engine.behaviour = endless()
     request = pb.GatewayServiceGenerateStreamRequest(text="hi")
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        async for _ in running_gateway.stub.GenerateStream(request, timeout=0.4):
-            pass
-    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await asyncio.wait_for(engine.cancelled.wait(), 1)
+    for seconds in DEADLINES:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in running_gateway.stub.GenerateStream(request, timeout=seconds):
+                pass
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if engine.requests:
+            break
+    await asyncio.wait_for(engine.cancelled.wait(), 60)
 
 
 async def test_a_clients_cancel_reaches_the_tokenizer(
@@ -240,16 +248,17 @@ async def test_a_clients_cancel_reaches_the_tokenizer(
 
     async def hang(context: Any) -> None:
         started.set()
-        await asyncio.sleep(30)
+        await asyncio.sleep(600)
 
     tokenizer.before = hang
     call = running_gateway.stub.Generate(pb.GatewayServiceGenerateRequest(text="hi"))
-    await asyncio.wait_for(started.wait(), 2)
+    await asyncio.wait_for(started.wait(), 60)
     call.cancel()
-    await asyncio.wait_for(tokenizer.cancelled.wait(), 1)
+    await asyncio.wait_for(tokenizer.cancelled.wait(), 60)
     assert engine.requests == []
 
 
+@pytest.mark.matrix("R48")
 async def test_overload_is_answered_at_once_with_retry_info(
     tokenizer: FakeTokenizer, engine: FakeEngine
 ) -> None:
@@ -263,10 +272,9 @@ async def test_overload_is_answered_at_once_with_retry_info(
         held = [running.stub.GenerateStream(request) for _ in range(2)]
         for call in held:
             await call.read()
-        started = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await running.stub.Generate(pb.GatewayServiceGenerateRequest(text="hi"))
-        assert time.monotonic() - started < 0.5
+        assert not any(call.done() for call in held)  # it waited for none of them
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert reason(raised.value) == "QUEUE_FULL"
         delay = detail(raised.value, error_details_pb2.RetryInfo()).retry_delay
@@ -337,6 +345,7 @@ BAD: list[tuple[str, Message, grpc.StatusCode, str]] = [
 ]
 
 
+@pytest.mark.matrix("R1", "R20")
 @pytest.mark.parametrize(("method", "request_message", "code", "field"), BAD)
 async def test_bad_input_names_its_field_and_reaches_no_engine(
     running_gateway: Gateway,
@@ -426,6 +435,7 @@ async def test_a_prompt_that_is_too_long_is_cut_where_asked(
             assert [v.field for v in bad.field_violations] == ["truncate_prompt_tokens"]
 
 
+@pytest.mark.matrix("R37")
 async def test_unknown_models_are_not_found(running_gateway: Gateway) -> None:
     stub = running_gateway.stub
     for call in (
@@ -477,7 +487,7 @@ async def test_several_models_are_a_union_and_must_be_named(tokenizer: FakeToken
     ):
         request = pb.GatewayServiceListModelsRequest(page_size=1)
         await eventually(lambda: bool(first.model.id and second.model.id))
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(60):
             while not (page := await running.stub.ListModels(request)).next_page_token:
                 await asyncio.sleep(0.01)
         request.page_token = page.next_page_token
@@ -498,11 +508,12 @@ async def health_of(running: Gateway, name: str) -> str:
 
 
 async def until_health(running: Gateway, name: str, expected: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while await health_of(running, name) != expected:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.matrix("R57")
 async def test_readiness_follows_the_engines(tokenizer: FakeTokenizer, engine: FakeEngine) -> None:
     async with (
         serving(tokenizer) as one,
@@ -558,6 +569,7 @@ async def test_a_gateway_waits_for_its_upstreams_without_refusing_to_answer() ->
         assert reason(raised.value) == "NO_ENGINE"
 
 
+@pytest.mark.matrix("R61", "R62")
 async def test_readiness_follows_the_tokenizers(
     tokenizer: FakeTokenizer, engine: FakeEngine
 ) -> None:
@@ -571,12 +583,10 @@ async def test_readiness_follows_the_tokenizers(
         await live.read()
         await one.kill()
         await until_health(running, "readiness", "NOT_SERVING")
-        started = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await running.stub.Chat(pb.GatewayServiceChatRequest(messages=chat("a")))
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         assert reason(raised.value) == "TOKENIZER_UNAVAILABLE"
-        assert time.monotonic() - started < 3
         assert (await live.read()).deltas[0].text.startswith("a")  # a running stream goes on
         engine.behaviour = tell(ids_of(b"Hello"))
         ids = pb.GatewayServiceGenerateRequest(token_ids=generation_pb2.TokenIds(ids=[1]))
@@ -596,7 +606,7 @@ async def test_a_reader_that_stalls_is_ended(tokenizer: FakeTokenizer, engine: F
     ):
         call = running.stub.GenerateStream(pb.GatewayServiceGenerateStreamRequest(text="hi"))
         await call.read()
-        await asyncio.wait_for(engine.cancelled.wait(), 10)
+        await asyncio.wait_for(engine.cancelled.wait(), 60)
         other = running.stub.CountTokens(pb.GatewayServiceCountTokensRequest(text="abc"))
         assert (await other).num_tokens == 3
         with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -186,6 +186,7 @@ async def bounded(
         yield running, service[0]
 
 
+@pytest.mark.matrix("R1")
 async def test_every_request_ends_in_exactly_one_outcome(
     bounded: tuple[Gateway, GatewayService], engine: FakeEngine
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoinfer_gateway.text import CompletionText, StopMatcher, TextDecoder
@@ -72,6 +73,7 @@ def test_an_id_beyond_the_table_has_no_text() -> None:
     assert decoder.feed([0, 1, 2, 2**31, 0]) == "aa"
 
 
+@pytest.mark.matrix("R22")
 @settings(max_examples=400)
 @given(cut_text(), stops)
 def test_matcher_finds_what_the_reference_finds(

@@ -67,6 +67,7 @@ async def test_fetches_go_on_while_two_tokenizers_answer_in_turn() -> None:
     assert (await kept.get(b"\x01" * 32)).fingerprint == b"\x01" * 32
 
 
+@pytest.mark.matrix("R63")
 async def test_a_fingerprint_that_nobody_has_is_a_mismatch() -> None:
     source = Source(vocabulary(0))
     with pytest.raises(ServiceError) as raised:

@@ -1,5 +1,4 @@
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -141,6 +140,7 @@ FORGERY = st.lists(
 ).map("".join)
 
 
+@pytest.mark.matrix("R14")
 @settings(max_examples=150, deadline=None)
 @given(contents=st.lists(FORGERY, min_size=3, max_size=3))
 def test_no_text_forges_a_special_token(
@@ -234,10 +234,8 @@ def test_an_endless_template_is_stopped_and_the_next_rendering_works(
     guarded = "{% if messages[0].content == 'go' %}" + source + "{% else %}fine{% endif %}"
     with template(guarded, loaded("qwen2"), seconds=0.5) as renderer:
         for _ in range(2):
-            start = time.monotonic()
             with pytest.raises(TemplateTimeoutError):
                 renderer.render([Message("user", "go")], add_generation_prompt=True)
-            assert time.monotonic() - start < 5
             assert renderer.render([Message("user", "")], add_generation_prompt=True).text == "fine"
 
 

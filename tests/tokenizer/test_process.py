@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoinfer.v1 import tokenizer_pb2 as pb
 from nanoinfer.v1 import tokenizer_pb2_grpc
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 
 
 def command(*flags: str) -> list[str]:
@@ -78,15 +78,14 @@ def test_a_process_serves_and_leaves_nothing_behind(
         (["--model", "MODEL", "--max-characters", "1000000"], 2, "max-characters"),
         (["--model", "MODEL", "--pattern", "klingon"], 2, "pattern"),
         (["--model", "MODEL", "--pattern", "qwen2"], 1, "brings its own pattern"),
-        (["--model", "ABSENT"], 1, "no such file or directory"),
+        (["--model", "MISSING"], 1, "no such file or directory"),
     ],
 )
 def test_what_cannot_be_served_ends_the_start(
-    flags: list[str], code: int, text: str, directory_of: Callable[[str], Path]
+    flags: list[str], code: int, text: str, directory_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = str(directory_of("gpt2"))
-    named = {"MODEL": model, "ABSENT": f"{model}/absent"}
-    arguments = [named.get(flag, flag) for flag in flags]
+    paths = {"MODEL": str(directory_of("gpt2")), "MISSING": str(tmp_path / "missing")}
+    arguments = [paths.get(flag, flag) for flag in flags]
     result = subprocess.run(
         command(*arguments), capture_output=True, timeout=START_SECONDS, check=False
     )

@@ -1,8 +1,9 @@
 """Every RPC over a real server: answers, limits, refusals, and what a hostile input must not do."""
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,12 @@ from nanoinfer_common.server import running
 from nanoinfer_tokenizer.loading import LoadedTokenizer
 from nanoinfer_tokenizer.service import TokenizerService
 from nanoinfer_tokenizer.settings import TokenizerSettings
+from nanoinfer_tokenizer.streaming import StreamDecoder
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer
 
 Code = grpc.StatusCode
+MAX_CPU_SECONDS = 4.0  # of all threads, for 500,000 characters; measured: 1 to 2
 
 
 class Served:
@@ -103,6 +106,7 @@ async def test_encode_adds_the_frame_unless_told_not_to(
     assert len(response.tokenizer_fingerprint) == 32
 
 
+@pytest.mark.matrix("R2")
 async def test_whitespace_alone_is_text(serve: Serve) -> None:
     stub = (await serve("qwen2")).stub
     response = await stub.Encode(pb.TokenizerServiceEncodeRequest(text=" \n\t"))
@@ -167,6 +171,7 @@ async def test_bounds_of_a_batch_are_accepted(serve: Serve) -> None:
     assert len((await stub.EncodeBatch(request)).tokens) == 4
 
 
+@pytest.mark.matrix("R12")
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen2", "o200k"])
 async def test_hostile_texts_end_soon_and_leave_the_service_alive(
     family: str, serve: Serve
@@ -175,13 +180,13 @@ async def test_hostile_texts_end_soon_and_leave_the_service_alive(
     for unit in (" ", "a", "^", "\n", "\u0301", "😀", " \n", "\u00a0", "<", "'s"):
         for size in (500_000, 1_000_000):
             text = (unit * size)[:size]
-            start = time.monotonic()
+            start = time.process_time()
             call = stub.Encode(pb.TokenizerServiceEncodeRequest(text=text))
             if size > 500_000:
                 assert (await refused(call)).reason == names.INPUT_TOO_LARGE
             else:
                 assert (await call).tokens.ids
-            assert time.monotonic() - start < 2
+            assert time.process_time() - start < MAX_CPU_SECONDS
     assert (await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
 
 
@@ -191,10 +196,10 @@ async def test_hostile_texts_end_soon_and_leave_the_service_alive(
 async def test_hostile_conversations_end_soon(unit: str, serve: Serve) -> None:
     stub = (await serve("qwen3")).stub
     text = (unit * 500_000)[:500_000]
-    start = time.monotonic()
+    start = time.process_time()
     assert (await stub.Encode(pb.TokenizerServiceEncodeRequest(text=text))).tokens.ids
     assert (await stub.RenderChat(conversation(("assistant", text)))).tokens.ids
-    assert time.monotonic() - start < 4
+    assert time.process_time() - start < 2 * MAX_CPU_SECONDS
 
 
 # --- RenderChat ---
@@ -239,6 +244,7 @@ async def test_without_a_template_there_is_no_chat(serve: Serve) -> None:
     assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, names.NO_CHAT_TEMPLATE)
 
 
+@pytest.mark.matrix("R35")
 @pytest.mark.parametrize(
     "request_",
     [
@@ -264,6 +270,7 @@ async def test_bad_conversations_are_refused(
     assert fields(error)[0].startswith("messages")
 
 
+@pytest.mark.matrix("R35")
 async def test_ten_thousand_messages_are_rendered(serve: Serve) -> None:
     stub = (await serve("qwen2")).stub
     response = await stub.RenderChat(conversation(*[("user", "Hi")] * 10_000))
@@ -296,6 +303,7 @@ def model_with(directory_of: Callable[[str], Path], tmp_path: Path) -> Callable[
     return make
 
 
+@pytest.mark.matrix("R33")
 @pytest.mark.parametrize(
     "slow",
     [
@@ -307,21 +315,20 @@ async def test_a_slow_template_is_stopped_while_others_are_served(
     slow: str, serve: Serve, model_with: Callable[[str], Path]
 ) -> None:
     template = "{% if messages[0].content == 'go' %}" + slow + "{% endif %}fine"
-    stub = (await serve(model_with(template), template_timeout_seconds=0.5)).stub
+    stub = (await serve(model_with(template), template_timeout_seconds=1.0)).stub
     renderings = [asyncio.ensure_future(stub.RenderChat(conversation(("user", "go"))))]
     renderings += [asyncio.ensure_future(stub.RenderChat(conversation(("user", "go"))))]
-    start = time.monotonic()
     await asyncio.sleep(0.05)
     await stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))
-    assert time.monotonic() - start < 0.4
+    assert "'x'" in slow or not renderings[-1].done()  # its size ends the other one soon
     for rendering in renderings:
         error = await refused(rendering)
         assert (error.code, error.reason) == (Code.INTERNAL, names.TEMPLATE_TIMEOUT)
-    assert time.monotonic() - start < 3
     request = conversation(("user", "x"), return_text=True)
     assert (await stub.RenderChat(request)).text == "fine"
 
 
+@pytest.mark.matrix("R34")
 async def test_a_template_cannot_reach_into_the_interpreter(
     serve: Serve, model_with: Callable[[str], Path]
 ) -> None:
@@ -344,17 +351,31 @@ async def test_decode_is_the_inverse_of_encode(serve: Serve) -> None:
     assert (await stub.Decode(request)).text == "<|begin_of_text|>" + text
 
 
-async def test_many_ids_are_decoded_without_holding_others_up(serve: Serve) -> None:
-    stub = (await serve("gpt2")).stub
+async def test_many_ids_are_decoded_without_holding_others_up(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve("gpt2")
+    stub, push, answered = served.stub, StreamDecoder.push, threading.Event()
+    pushed: list[int] = []
+
+    def slowly(decoder: StreamDecoder, token_ids: Sequence[int]) -> str:
+        pushed.append(len(token_ids))
+        if not answered.is_set():
+            time.sleep(0.02)
+        return push(decoder, token_ids)
+
+    monkeypatch.setattr(StreamDecoder, "push", slowly)
     request = pb.TokenizerServiceDecodeRequest(tokens=ids(*range(256), *[65] * 499_744))
     decoding = asyncio.ensure_future(stub.Decode(request))
-    await asyncio.sleep(0.01)
-    start = time.monotonic()
+    while not pushed:
+        await asyncio.sleep(0)
     await stub.GetServerInfo(pb.TokenizerServiceGetServerInfoRequest())
-    assert time.monotonic() - start < 1
+    assert sum(pushed) < 500_000  # not after all of them
+    answered.set()
     assert len((await decoding).text) >= 499_744
 
 
+@pytest.mark.matrix("R28")
 async def test_bytes_that_are_no_characters_become_replacements(
     serve: Serve, loaded: Callable[[str], LoadedTokenizer]
 ) -> None:
@@ -366,6 +387,7 @@ async def test_bytes_that_are_no_characters_become_replacements(
     assert (await stub.Decode(request)).text == "a\ufffdb"
 
 
+@pytest.mark.matrix("R28")
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
@@ -436,9 +458,7 @@ async def test_a_cancelled_stream_leaves_nothing(serve: Serve) -> None:
     await call.write(pb.TokenizerServiceDecodeStreamRequest(tokens=ids(1)))
     await call.read()
     call.cancel()
-    for _ in range(100):
-        if served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 0:
-            break
+    while served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams"):
         await asyncio.sleep(0.01)
     assert served.registry.get_sample_value("nanoinfer_tokenizer_decode_streams") == 0
 
@@ -506,6 +526,7 @@ class Panic(BaseException):
     """Stands for what a panic in native code raises."""
 
 
+@pytest.mark.matrix("R12")
 async def test_a_panic_in_the_encoder_is_answered(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,11 +541,9 @@ async def test_a_panic_in_the_encoder_is_answered(
 
     monkeypatch.setattr(encoding, "encode", panic)
     for _ in range(5):  # more than there are threads
-        start = time.monotonic()
         error = await refused(served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="boom")))
         assert (error.code, error.reason) == (Code.INTERNAL, names.INTERNAL)
         assert "secret" not in error.message
-        assert time.monotonic() - start < 2
     assert (await served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
     assert served.registry.get_sample_value("nanoinfer_tokenizer_inflight") == 0
 
@@ -534,15 +553,18 @@ async def test_more_than_the_bound_is_refused_at_once(
 ) -> None:
     served = await serve("qwen2", max_pending=3, num_threads=1)
     encoding = served.service._served.encoding
-    encode = encoding.encode
+    encode, gate = encoding.encode, threading.Event()
 
     def slowly(text: str, *, continues: bool = False) -> list[int]:
-        time.sleep(0.3)
+        assert gate.wait(60)
         return encode(text, continues=continues)
 
     monkeypatch.setattr(encoding, "encode", slowly)
     request = pb.TokenizerServiceEncodeRequest(text="x")
     calls = [asyncio.ensure_future(served.stub.Encode(request)) for _ in range(8)]
+    while sum(call.done() for call in calls) < 5:
+        await asyncio.sleep(0.01)
+    gate.set()
     answers = await asyncio.gather(*calls, return_exceptions=True)
     errors = [from_rpc_error(e) for e in answers if isinstance(e, grpc.aio.AioRpcError)]
     assert len(errors) == 5
@@ -557,31 +579,41 @@ async def test_streams_go_on_while_the_queue_is_full(
 ) -> None:
     served = await serve("qwen2", max_pending=1, num_threads=1)
     stream = served.stub.DecodeStream()
-    monkeypatch.setattr(served.service._served.encoding, "encode", lambda text, **_: time.sleep(1))
-    waiting = asyncio.ensure_future(
-        served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"), timeout=0.5)
-    )
-    await asyncio.sleep(0.05)
+    gate = threading.Event()
+    encoding = served.service._served.encoding
+    monkeypatch.setattr(encoding, "encode", lambda text, **_: gate.wait(60) and [1])
+    waiting = asyncio.ensure_future(served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x")))
+    while not served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)
     for _ in range(3):
         await stream.write(pb.TokenizerServiceDecodeStreamRequest(tokens=ids(64)))
         assert (await stream.read()).text
-    await refused(waiting)
+    assert not waiting.done()
+    gate.set()
+    assert (await waiting).tokens.ids == [1]
 
 
 async def test_a_cancelled_call_frees_its_place(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await serve("qwen2", max_pending=1, num_threads=1)
-    encoding = served.service._served.encoding
-    monkeypatch.setattr(encoding, "encode", lambda text, **_: time.sleep(0.2) or [1])
+    encoding, gate = served.service._served.encoding, threading.Event()
+    monkeypatch.setattr(encoding, "encode", lambda text, **_: gate.wait(60) and [1])
     request = pb.TokenizerServiceEncodeRequest(text="x")
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await served.stub.Encode(request, timeout=0.05)
-    assert caught.value.code() == Code.DEADLINE_EXCEEDED
-    await asyncio.sleep(0.1)
-    assert (await served.stub.Encode(request)).tokens.ids == [1]
+    call = served.stub.Encode(request)
+    while not served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)
+    call.cancel()
+    while served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)  # while the thread is still at it
+    again = asyncio.ensure_future(served.stub.Encode(request))
+    while not served.registry.get_sample_value("nanoinfer_tokenizer_inflight"):
+        await asyncio.sleep(0.01)
+    gate.set()
+    assert (await again).tokens.ids == [1]
 
 
+@pytest.mark.matrix("R8", "R11")
 @pytest.mark.parametrize(
     "data",
     [b"\xff\xff\xff", b"\x0a\x05ab", b"\x0a\x02\xff\xfe", b"\x08\x01", b"\x0a" * 3],
@@ -599,6 +631,7 @@ async def test_malformed_bytes_are_answered_without_a_trace_of_the_inside(
     assert (await served.stub.Encode(pb.TokenizerServiceEncodeRequest(text="x"))).tokens.ids
 
 
+@pytest.mark.matrix("R11")
 async def test_unknown_fields_are_passed_over(serve: Serve) -> None:
     served = await serve("qwen2")
     request = pb.TokenizerServiceEncodeRequest(text="x").SerializeToString() + b"\xf8\x06\x01"

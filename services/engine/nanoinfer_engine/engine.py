@@ -224,7 +224,9 @@ class Engine:
         _LOG.error("a step failed", exc_info=error)
         if is_device_error(error):
             raise error
-        if is_memory_error(error) and self._scheduler.retry_smaller():
+        is_retried = is_memory_error(error) and self._scheduler.retry_smaller()
+        self._statistics.record_failed_step(is_retried)
+        if is_retried:
             return
         lost = EngineLostError("a step of the engine failed")
         lost.__cause__ = error

@@ -67,6 +67,7 @@ _HISTOGRAMS = {
     "max_tokens": ("request_params_max_tokens", "Completion tokens allowed."),
     "step_tokens": ("iteration_tokens_total", "Tokens computed in a step."),
 }
+_FAILED_STEPS = {"retried": "retried_steps", "lost": "lost_steps"}
 _STEP_BUCKETS = tuple(step * 10.0**power for power in range(-4, 2) for step in (1, 2.5, 5))
 _HOST_BUCKETS = tuple(step * 10.0**power for power in range(-5, 0) for step in (1, 2.5, 5))
 
@@ -171,6 +172,9 @@ def _own_families(snapshot: Snapshot, load: Load, labels: Labels) -> Iterable[Me
     if is_busy and snapshot.last_step is not None:
         age = (time.monotonic_ns() - snapshot.last_step) * NANOSECONDS
     yield _gauge("nanoinfer_engine_last_step_age_seconds", "Time since a step ended.", labels, age)
+    failed = {word: snapshot.counters.get(key, 0) for word, key in _FAILED_STEPS.items()}
+    text = "Steps that failed as a whole: retried in smaller ones for lack of memory, or lost."
+    yield _counter("nanoinfer_engine_failed_steps", text, labels, "outcome", failed)
     yield from _device_families(snapshot, labels)
     if snapshot.histograms:
         steps = {kind: snapshot.histograms[kind] for kind in get_args(StepKind)}

@@ -24,6 +24,8 @@ COUNTERS = (
     "completion_tokens",
     "preemptions",
     "graph_replays",
+    "retried_steps",
+    "lost_steps",
 )
 # what a step adds to the sums behind the idle share is worth e times less after so many steps
 _SHARE_STEPS = 100
@@ -117,6 +119,10 @@ class Statistics:
         rate = batch.num_tokens / seconds
         past = self._tokens_per_second
         self._tokens_per_second = rate if past == 0 else 0.9 * past + 0.1 * rate
+
+    def record_failed_step(self, is_retried: bool) -> None:
+        """Count a step that failed as a whole: retried in smaller ones, or lost."""
+        self._counters["retried_steps" if is_retried else "lost_steps"] += 1
 
     def record_outputs(self, outputs: Sequence[RequestOutput]) -> None:
         """Count what a step gave its requests."""

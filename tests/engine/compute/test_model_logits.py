@@ -118,6 +118,7 @@ def assert_greedy(kind: str, job: Job) -> None:
         assert token.token_id == best.indices[position, 0].item() or gap < TIE
 
 
+@pytest.mark.matrix("R83")
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_alone_and_in_a_batch(kind: str, checkpoints: dict[str, Path]) -> None:
     runner = make_runner(checkpoints[kind])

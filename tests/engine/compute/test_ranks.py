@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,10 @@ def test_a_rank_that_dies_loses_the_model() -> None:
         batch = Batch((BatchRow((5, 6, 7), 0, (0,), True, GREEDY),))
         assert isinstance(runner.execute(batch)[0], SampledToken)
         process.kill()
-        began = time.monotonic()
         with pytest.raises(RankError, match="rank 1 has ended with exit code -9") as caught:
             runner.execute(batch)
-        assert time.monotonic() - began < 5
         assert is_device_error(caught.value)
-        assert is_told.wait(5)
+        assert is_told.wait(60)
         assert "rank 1" in str(told[0])
     finally:
         runner.close()

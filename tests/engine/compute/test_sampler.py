@@ -127,12 +127,14 @@ def test_a_draw_depends_on_no_other_row_of_the_batch() -> None:
     assert sample(logits, other_seeds) != together
 
 
+@pytest.mark.matrix("R17")
 def test_temperature_zero_and_nearly_zero_and_top_k_one_are_greedy() -> None:
     logits = torch.randn(3, 50)
     rows = [row(temperature=0.0), row(temperature=9e-6), row(temperature=2.0, top_k=1)]
     assert sample(logits, rows) == [SampledToken(int(i)) for i in logits.argmax(-1)]
 
 
+@pytest.mark.matrix("R17")
 def test_a_small_temperature_draws_finite() -> None:
     logits = torch.tensor([[80.0, -80.0, 79.9]])
     assert sample(logits, [row(temperature=2e-5)]) == [SampledToken(0)]

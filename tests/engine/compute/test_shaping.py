@@ -133,6 +133,7 @@ def mixed_rows() -> list[BatchRow]:
     ]
 
 
+@pytest.mark.matrix("R23")
 def test_a_row_is_the_same_alone_and_in_company() -> None:
     rows = mixed_rows()
     logits = random_logits(len(rows), 4)

@@ -91,7 +91,7 @@ class Engine:
     ) -> grpc.aio.UnaryStreamCall[Any, Message]:
         ids = [11, 12, 13] if prompt is None else prompt
         request = engine_pb2.EngineServiceGenerateRequest(prompt=pb.TokenIds(ids=ids), **fields)
-        return self.stub.Generate(request, metadata=metadata, timeout=fields.pop("timeout", 20))
+        return self.stub.Generate(request, metadata=metadata, timeout=fields.pop("timeout", 120))
 
     async def refused(self, call: Awaitable[Any]) -> Refusal:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -102,7 +102,7 @@ class Engine:
         return (await self.stub.GetLoad(engine_pb2.EngineServiceGetLoadRequest())).load
 
     async def until(
-        self, condition: Callable[[engine_pb2.EngineLoad], bool], seconds: float = 5.0
+        self, condition: Callable[[engine_pb2.EngineLoad], bool], seconds: float = 60.0
     ) -> engine_pb2.EngineLoad:
         end = time.monotonic() + seconds
         while not condition(load := await self.load()):
@@ -110,7 +110,7 @@ class Engine:
             await asyncio.sleep(0.005)
         return load
 
-    async def idle(self, seconds: float = 5.0) -> None:
+    async def idle(self, seconds: float = 60.0) -> None:
         load = await self.until(
             lambda load: not load.running_requests + load.waiting_requests, seconds
         )

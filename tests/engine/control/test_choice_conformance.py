@@ -139,6 +139,7 @@ async def test_bounds_are_accepted(tiny: Engine, fields: dict[str, Any]) -> None
         assert len(found) == NUM_TOKENS
 
 
+@pytest.mark.matrix("R23")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -185,6 +186,7 @@ HOSTILE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.matrix("R84")
 async def test_hostile_rows_change_nobody_elses_tokens(tiny: Engine) -> None:
     victims: list[dict[str, Any]] = [
         {"temperature": 0},
@@ -307,6 +309,7 @@ async def test_several_completions_share_one_scored_prompt(tiny: Engine) -> None
         check_entries(completion_entries(answer, index), prompt + answer.tokens(index), 150)
 
 
+@pytest.mark.matrix("R25")
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -95,6 +95,7 @@ async def test_defaults_come_from_the_checkpoint(tiny_model: Path, tmp_path: Pat
         )
 
 
+@pytest.mark.matrix("R18")
 @pytest.mark.parametrize(
     "values",
     [
@@ -118,6 +119,7 @@ async def test_sampling_bounds_are_accepted(tiny: Engine, values: dict[str, Any]
     assert all(len(answer.tokens(index)) == 6 for index in answer.finishes)
 
 
+@pytest.mark.matrix("R16", "R18")
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -136,6 +138,7 @@ async def test_one_beyond_a_sampling_bound_is_refused(
     assert refused.fields == [f"sampling.{field}"]
 
 
+@pytest.mark.matrix("R19")
 @pytest.mark.parametrize(
     ("field", "stopping"),
     [
@@ -154,6 +157,7 @@ async def test_one_beyond_a_stopping_bound_is_refused(
     assert [name.partition("[")[0] for name in refused.fields] == [f"stopping.{field}"]
 
 
+@pytest.mark.matrix("R4")
 async def test_max_tokens_is_clamped_to_the_context(tiny: Engine) -> None:
     room = MAX_LEN - len(PROMPT)
     for stopping in (
@@ -167,6 +171,7 @@ async def test_max_tokens_is_clamped_to_the_context(tiny: Engine) -> None:
     assert one.summary.usage.completion_tokens == 1
 
 
+@pytest.mark.matrix("R51", "R83")
 async def test_tokens_do_not_depend_on_company_or_preemption(tiny_model: Path) -> None:
     """Alone; then eight at once, with chunked prefill and memory for a third of them."""
     stopping = pb.StoppingParams(max_tokens=50, ignore_eos=True)
@@ -232,6 +237,7 @@ async def test_logprobs_bring_the_token_and_as_many_alternatives(tiny: Engine, c
     assert not any(d.logprobs for m in plain.messages for d in m.deltas)
 
 
+@pytest.mark.matrix("R25")
 async def test_too_many_logprobs_are_refused(tiny: Engine) -> None:
     refused = await tiny.refused(tiny.generate(PROMPT, response=pb.ResponseOptions(logprobs=21)))
     assert refused.fields == ["response.logprobs"]
@@ -256,6 +262,7 @@ async def test_what_the_engine_lacks_is_refused_by_name(
     assert refused.info.metadata["feature"] == feature
 
 
+@pytest.mark.matrix("R3", "R27")
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [
@@ -302,6 +309,7 @@ async def test_a_model_without_tokenizer_checks_no_fingerprint(tiny: Engine) -> 
     assert short.fields == ["tokenizer_fingerprint"]
 
 
+@pytest.mark.matrix("R63")
 async def test_another_tokenizer_is_a_mismatch(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = tmp_path / "ranks.tiktoken"
     tokenizer.write_text("".join(f"{c} {i}\n" for i, c in enumerate(("YQ==", "Yg==", "YWI="))))
@@ -320,6 +328,7 @@ async def test_another_tokenizer_is_a_mismatch(tiny_model: Path, tmp_path: Path)
         assert (await engine.generate(PROMPT, stopping=SIX)).tokens()
 
 
+@pytest.mark.matrix("R8")
 async def test_random_bytes_are_an_error_and_no_crash(tiny: Engine) -> None:
     async with grpc.aio.insecure_channel(tiny.server.address) as channel:
         raw = channel.unary_stream("/nanoinfer.v1.EngineService/Generate")

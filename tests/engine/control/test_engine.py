@@ -40,7 +40,7 @@ class Harness:
             make_config(**changes), lambda: runner, make_statistics, self.listener, patience
         )
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it does not come to pass"
@@ -127,6 +127,7 @@ async def test_cancel_before_the_engine_saw_the_request() -> None:
         harness.check_balance()
 
 
+@pytest.mark.matrix("R43")
 async def test_a_cancel_during_the_last_step_wins_over_its_output() -> None:
     async with serving() as harness:
         harness.runner.gate.clear()
@@ -139,6 +140,7 @@ async def test_a_cancel_during_the_last_step_wins_over_its_output() -> None:
         assert harness.engine.statistics.finished[FinishReason.LENGTH] == 0
 
 
+@pytest.mark.matrix("R46")
 async def test_a_deadline_ends_a_running_request_at_the_next_step() -> None:
     async with serving(FakeRunner(step_seconds=0.01)) as harness:
         deadline = time.monotonic_ns() + 50_000_000
@@ -146,8 +148,11 @@ async def test_a_deadline_ends_a_running_request_at_the_next_step() -> None:
             harness.engine.submit([make_request(max_tokens=200, deadline=deadline)])
         )
         assert outputs[-1].finish_reason is FinishReason.DEADLINE
-        assert outputs[-1].request.times.finished is not None
-        assert outputs[-1].request.times.finished - deadline < 100_000_000
+        times = outputs[-1].request.times
+        assert times.finished is not None
+        assert times.finished >= deadline
+        late = [at for at in harness.runner.began if at > deadline]
+        assert len(late) <= 1  # the step that was planned when the time was up
         await harness.idle()
 
 
@@ -258,6 +263,7 @@ async def test_a_failed_step_ends_what_ran_and_serving_goes_on() -> None:
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {})
 
 
+@pytest.mark.matrix("R55")
 async def test_a_step_that_lacks_memory_is_retried_smaller_and_nobody_notices() -> None:
     async with serving(max_batch_tokens=64) as harness:
         harness.runner.gate.clear()
@@ -321,8 +327,8 @@ def test_which_errors_mean_a_lost_device(error: Exception, expected: bool) -> No
 
 
 async def test_a_reader_that_stalls_is_ended_and_others_are_not() -> None:
-    patience = Patience(reader_seconds=0.05, buffered_tokens=8)
-    async with serving(FakeRunner(step_seconds=0.002), patience) as harness:
+    patience = Patience(reader_seconds=0.5, buffered_tokens=8)
+    async with serving(FakeRunner(step_seconds=0.006), patience) as harness:
         stalled = harness.engine.submit([make_request(max_tokens=250)])
         other = harness.engine.submit([make_request([77], 60)])
         assert tokens(await collect(other)) == expected_tokens([77], 60)
@@ -334,7 +340,7 @@ async def test_a_reader_that_stalls_is_ended_and_others_are_not() -> None:
 
 
 async def test_a_slow_reader_that_catches_up_is_left_alone() -> None:
-    patience = Patience(reader_seconds=0.2, buffered_tokens=8)
+    patience = Patience(reader_seconds=20.0, buffered_tokens=8)
     async with serving(FakeRunner(step_seconds=0.002), patience) as harness:
         stream = harness.engine.submit([make_request(max_tokens=150)])
         seen: list[RequestOutput] = []
@@ -346,8 +352,8 @@ async def test_a_slow_reader_that_catches_up_is_left_alone() -> None:
 
 
 async def test_the_watchdog_reports_a_hanging_step_and_its_recovery() -> None:
-    async with serving(patience=Patience(step_seconds=0.1)) as harness:
-        await asyncio.sleep(0.3)  # idle is not stalled
+    async with serving(patience=Patience(step_seconds=0.5)) as harness:
+        await asyncio.sleep(0.8)  # idle is not stalled
         assert harness.listener.stalls == []
         harness.runner.gate.clear()
         stream = harness.engine.submit([make_request()])
@@ -369,6 +375,7 @@ async def test_a_drain_finishes_what_was_admitted_and_refuses_the_rest() -> None
         assert [tokens(r) for r in results] == [expected_tokens([i], 20) for i in range(10, 16)]
 
 
+@pytest.mark.matrix("R66")
 async def test_what_outlasts_the_drain_is_ended() -> None:
     async with serving(FakeRunner(step_seconds=0.01)) as harness:
         stream = harness.engine.submit([make_request(max_tokens=250)])

@@ -13,7 +13,7 @@ from nanoinfer_engine.statistics import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.control.conftest import Engine, StartFake
-from tests.engine.fakes import FakeRunner
+from tests.engine.fakes import FakeRunner, expected_tokens
 
 TEN = pb.StoppingParams(max_tokens=10)
 EXPECTED = {
@@ -45,6 +45,7 @@ EXPECTED = {
     "vllm:iteration_tokens_total": "histogram",
     "nanoinfer_engine_accepted": "counter",
     "nanoinfer_engine_requests": "counter",
+    "nanoinfer_engine_failed_steps": "counter",
     "nanoinfer_engine_step_seconds": "histogram",
     "nanoinfer_engine_step_batch_size": "histogram",
     "nanoinfer_engine_step_host_seconds": "histogram",
@@ -59,7 +60,7 @@ EXPECTED = {
 async def scrape(engine: Engine) -> tuple[dict[str, str], dict[str, float]]:
     """Types by family name, and values by sample name with its own label, if it has one."""
     url = f"http://127.0.0.1:{engine.server.metrics_port}/metrics"
-    reply = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5))
+    reply = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=60))
     assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     types, values = {}, {}
     for family in text_string_to_metric_families(reply.read().decode()):
@@ -134,7 +135,9 @@ async def test_accepted_is_success_and_error_and_cancelled(start_fake: StartFake
         await engine.idle()
         await engine.refused(engine.generate(sampling=pb.SamplingParams(n=16)))
         # the thread publishes its snapshot a moment after the load
-        await asyncio.sleep(0.05)
+        ended = engine.service._engine
+        while sum(ended.statistics.finished.values()) < 4:
+            await asyncio.sleep(0.005)
         _, values = await scrape(engine)
         outcomes = {
             name: values[f"nanoinfer_engine_requests_total:{name}"]
@@ -239,6 +242,7 @@ async def test_the_first_message_tells_the_times_up_to_the_first_token(
         assert not any(m.HasField("first_token_timings") for m in answer.messages[1:])
 
 
+@pytest.mark.matrix("R73")
 async def test_a_scrape_waits_for_no_step(start_fake: StartFake) -> None:
     async with start_fake(metrics_port=0) as engine:
         await engine.generate(stopping=TEN)
@@ -246,12 +250,27 @@ async def test_a_scrape_waits_for_no_step(start_fake: StartFake) -> None:
         call = engine.call(stopping=TEN)
         await engine.until(lambda load: load.running_requests == 1)
         await asyncio.sleep(0.1)
-        _, values = await asyncio.wait_for(scrape(engine), 2)
+        _, values = await asyncio.wait_for(scrape(engine), 60)
         assert values["vllm:num_requests_running"] == 1
         assert values["vllm:kv_cache_usage_perc"] == 1 / 64
         assert values["nanoinfer_engine_last_step_age_seconds"] > 0.05
         engine.runner.gate.set()
         assert await call.read() is not grpc.aio.EOF
+
+
+@pytest.mark.matrix("R54", "R55")
+async def test_failed_steps_are_counted_by_what_became_of_them(start_fake: StartFake) -> None:
+    async with start_fake(metrics_port=0) as engine:
+        engine.runner.fail_step = MemoryError("no memory for this step")
+        answer = await engine.generate([11] * 12, sampling=pb.SamplingParams(seed=0), stopping=TEN)
+        assert answer.tokens() == expected_tokens([11] * 12, 10)
+        engine.runner.fail_step = RuntimeError("no such kernel")
+        lost = await engine.refused(engine.generate(stopping=TEN))
+        assert lost.info.reason == "ENGINE_LOST"
+        await engine.idle()
+        _, values = await scrape(engine)
+        assert values["nanoinfer_engine_failed_steps_total:retried"] == 1
+        assert values["nanoinfer_engine_failed_steps_total:lost"] == 1
 
 
 @pytest.mark.parametrize(("value", "bucket"), [(0.5, 0), (1.0, 0), (1.5, 1), (2.0, 1), (9.0, 2)])

@@ -89,6 +89,7 @@ def test_equal_blocks_after_different_beginnings_are_different() -> None:
         assert request.completion_token_ids == expected_tokens([*first, *common], 3)
 
 
+@pytest.mark.matrix("R85")
 def test_salts_and_tenants_keep_apart() -> None:
     bench = Bench(max_batch_tokens=64)
     kinds: list[dict[str, str]] = [

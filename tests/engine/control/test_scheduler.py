@@ -105,6 +105,7 @@ def test_a_preempted_request_goes_on_with_the_same_tokens() -> None:
     assert bench.scheduler.num_preemptions == newer.num_preemptions
 
 
+@pytest.mark.matrix("R52")
 def test_a_preempted_request_waits_at_the_head_of_its_class() -> None:
     bench = Bench(num_blocks=5, max_batch_tokens=64)
     older, newer, last = (make_request(range(10, 15), 12) for _ in range(3))
@@ -186,6 +187,7 @@ def test_min_tokens_masks_what_would_end() -> None:
     assert masks == [frozenset({EOS})] * 4 + [frozenset()]
 
 
+@pytest.mark.matrix("R53")
 def test_a_failed_row_ends_alone() -> None:
     bench = Bench()
     good, bad = make_request([11, 12]), make_request([9, 98])
@@ -199,6 +201,7 @@ def test_a_failed_row_ends_alone() -> None:
     assert bench.scheduler.load.kv_usage == 0
 
 
+@pytest.mark.matrix("R41")
 def test_a_cancel_between_schedule_and_update_wins() -> None:
     bench = Bench()
     request = make_request(max_tokens=1)  # its only step is its last
@@ -224,6 +227,7 @@ def test_a_cancelled_waiting_request_never_runs() -> None:
     assert bench.scheduler.load.waiting_prompt_tokens == 0
 
 
+@pytest.mark.matrix("R46")
 def test_deadlines_end_waiting_and_running_requests() -> None:
     bench = Bench(max_batch_requests=1)
     deadline = bench.clock.now + 10**9

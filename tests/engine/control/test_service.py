@@ -24,7 +24,9 @@ SEED = pb.SamplingParams(seed=0)
 
 
 async def test_a_stream_brings_deltas_then_finish_and_summary(fake: Engine) -> None:
+    began = time.monotonic_ns()
     answer = await fake.generate(sampling=SEED, stopping=TEN, request_id="r-1")
+    spent = time.monotonic_ns() - began
     assert answer.tokens() == expected_tokens([11, 12, 13], 10)
     assert answer.messages[0].prompt_info.prompt_tokens == 3
     assert not any(m.HasField("prompt_info") for m in answer.messages[1:])
@@ -38,8 +40,7 @@ async def test_a_stream_brings_deltas_then_finish_and_summary(fake: Engine) -> N
     assert (summary.model, summary.request_id) == ("fake", "r-1")
     timings = summary.timings
     phases = timings.queue_ns + timings.prefill_ns + timings.decode_ns
-    assert 0 < timings.time_to_first_token_ns <= phases <= timings.total_ns
-    assert timings.total_ns - phases < 50_000_000
+    assert 0 < timings.time_to_first_token_ns <= phases <= timings.total_ns < spent
     await fake.idle()
 
 
@@ -103,6 +104,7 @@ async def test_a_client_that_cancels_frees_its_blocks_within_a_step(start_fake: 
         assert len(engine.runner.batches) <= before + 4
 
 
+@pytest.mark.matrix("R40")
 async def test_a_cancelled_queued_request_never_runs(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.03), max_batch_requests=1) as engine:
         first = engine.call(stopping=pb.StoppingParams(max_tokens=30))
@@ -118,16 +120,16 @@ async def test_a_cancelled_queued_request_never_runs(start_fake: StartFake) -> N
         assert all(row.token_ids[0] != 9 for row in rows)
 
 
+@pytest.mark.matrix("R46")
 async def test_a_deadline_ends_the_call_and_frees(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.01)) as engine:
         request = engine_pb2.EngineServiceGenerateRequest(prompt=pb.TokenIds(ids=[11]))
-        started = time.monotonic()
         refused = await engine.refused(_rest(engine.stub.Generate(request, timeout=0.15)))
         assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert time.monotonic() - started < 1
         await engine.idle()
 
 
+@pytest.mark.matrix("R47")
 async def test_the_default_deadline_applies(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(step_seconds=0.01), default_deadline_seconds=0.15) as engine:
         request = engine_pb2.EngineServiceGenerateRequest(prompt=pb.TokenIds(ids=[11]))
@@ -146,10 +148,9 @@ async def test_a_full_queue_is_an_immediate_answer(start_fake: StartFake) -> Non
         load = await engine.until(lambda load: load.waiting_requests == 2)
         assert load.admission_state == engine_pb2.ADMISSION_STATE_FULL
         assert load.waiting_prompt_tokens == 6
-        started = time.monotonic()
         call = engine.call(stopping=TEN)
         refused = await engine.refused(_rest(call))
-        assert time.monotonic() - started < 0.5
+        assert not any(call.done() for call in calls)  # it waited for none of them
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (refused.info.reason, refused.info.domain) == ("QUEUE_FULL", "nanoinfer-engine")
         assert refused.retry_seconds is not None
@@ -188,6 +189,7 @@ async def test_the_bytes_of_a_request_count_in_the_queue(start_fake: StartFake) 
         await asyncio.gather(_rest(first), _rest(waiting))
 
 
+@pytest.mark.matrix("R50")
 async def test_a_flood_of_one_tenant_does_not_hold_another_up(start_fake: StartFake) -> None:
     settings = {"max_batch_requests": 2, "max_waiting_requests": 64}
     async with start_fake(FakeRunner(step_seconds=0.002), **settings) as engine:
@@ -206,6 +208,7 @@ async def test_a_flood_of_one_tenant_does_not_hold_another_up(start_fake: StartF
         await engine.idle()
 
 
+@pytest.mark.matrix("R5")
 async def test_what_can_never_fit_is_refused(start_fake: StartFake) -> None:
     async with start_fake(FakeRunner(num_blocks=4)) as engine:
         too_much = pb.StoppingParams(max_tokens=14)
@@ -221,6 +224,7 @@ async def test_what_can_never_fit_is_refused(start_fake: StartFake) -> None:
         assert info.model.max_output_tokens == 15
 
 
+@pytest.mark.matrix("R53")
 async def test_a_row_failure_is_internal_and_opaque(fake: Engine) -> None:
     fake.runner.fail_row = lambda row: ValueError("/secret/path") if 9 in row.token_ids else None
     good, bad = await asyncio.gather(
@@ -239,6 +243,7 @@ async def test_one_failed_completion_ends_its_siblings(fake: Engine) -> None:
     await fake.idle()
 
 
+@pytest.mark.matrix("R54")
 async def test_a_lost_step_is_unavailable_and_serving_goes_on(fake: Engine) -> None:
     fake.runner.fail_step = RuntimeError("no such kernel")
     lost = await fake.refused(fake.generate(stopping=TEN))
@@ -252,8 +257,9 @@ async def test_a_lost_step_is_unavailable_and_serving_goes_on(fake: Engine) -> N
     assert int(late.info.metadata["outputTokens"]) >= 1
 
 
+@pytest.mark.matrix("R60")
 async def test_a_stalled_engine_reports_not_serving_and_recovers(start_fake: StartFake) -> None:
-    async with start_fake(stall_seconds=0.1) as engine:
+    async with start_fake(stall_seconds=0.5) as engine:
         engine.runner.gate.clear()
         call = engine.call(stopping=TEN)
         await engine.until(lambda load: load.admission_state == engine_pb2.ADMISSION_STATE_CLOSED)
@@ -267,18 +273,19 @@ async def test_a_stalled_engine_reports_not_serving_and_recovers(start_fake: Sta
         assert await _health(engine) == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.matrix("R56")
 async def test_a_lost_device_fails_the_service(fake: Engine) -> None:
     fake.runner.fail_step = RuntimeError("CUDA error: device-side assert")
     lost = await fake.refused(fake.generate())
     assert lost.info.reason == "ENGINE_LOST"
-    await asyncio.wait_for(fake.server.status.failed.wait(), 5)
+    await asyncio.wait_for(fake.server.status.failed.wait(), 60)
     again = await fake.refused(fake.generate())
     assert again.code is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFake) -> None:
     runner = FakeRunner(num_blocks=16_000, max_model_len=4000, window=4)
-    settings = {"reader_stall_seconds": 0.3, "max_buffered_tokens": 64}
+    settings = {"reader_stall_seconds": 1.0, "max_buffered_tokens": 64}
     settings |= {"max_batch_requests": 17, "max_batch_tokens": 64, "max_waiting_requests": 20}
     async with start_fake(runner, **settings) as engine:
         # 16 completions with 20 alternatives, some 7 kB a step: gRPC widens its window to some MB
@@ -291,7 +298,7 @@ async def test_a_client_that_does_not_read_loses_its_stream(start_fake: StartFak
         await call.read()
         other = await engine.generate([77], sampling=SEED, stopping=TEN)
         assert len(other.tokens()) == 10
-        await engine.idle(seconds=15)
+        await engine.idle()
         refused = await engine.refused(_rest(call))
         assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.info.reason == "STREAM_STALLED"
@@ -334,10 +341,10 @@ async def test_priority_comes_from_metadata(start_fake: StartFake) -> None:
 
 
 async def test_a_drain_finishes_streams_and_refuses_new_ones(start_fake: StartFake) -> None:
-    async with start_fake(FakeRunner(step_seconds=0.005), drain_seconds=5) as engine:
+    async with start_fake(FakeRunner(step_seconds=0.005), drain_seconds=60) as engine:
         call = engine.call(sampling=SEED, stopping=pb.StoppingParams(max_tokens=60))
         await call.read()
-        drain = asyncio.create_task(engine.service.drain(5))
+        drain = asyncio.create_task(engine.service.drain(60))
         await asyncio.sleep(0.02)
         refused = await engine.refused(engine.generate())
         assert (refused.code, refused.info.reason) == (

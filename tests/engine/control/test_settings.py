@@ -186,7 +186,7 @@ def test_the_process_serves_drains_and_exits(tiny_model: Path, tmp_path: Path) -
             time.sleep(0.05)
         assert port_file.read_text().startswith("listening on 127.0.0.1:")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

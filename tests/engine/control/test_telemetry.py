@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -44,8 +45,10 @@ async def test_phases_hang_under_the_server_span_and_add_up(
     spans: InMemorySpanExporter, start_fake: StartFake
 ) -> None:
     async with start_fake(FakeRunner(step_seconds=0.005)) as engine:
+        began = time.time()
         answer = await engine.generate(list(range(10, 50)), stopping=TEN)
         await engine.idle()
+        spent = time.time() - began
         found = by_name(spans)
         assert set(found) == {GENERATE, "queue", "prefill", "decode"}
         server = found[GENERATE]
@@ -54,7 +57,7 @@ async def test_phases_hang_under_the_server_span_and_add_up(
         attributes = server.attributes or {}
         total = sum(seconds(found[name]) for name in ("queue", "prefill", "decode"))
         assert total == pytest.approx(attributes["gen_ai.latency.e2e"], abs=1e-6)
-        assert 0 < seconds(server) - total < 0.05
+        assert total < seconds(server) < spent
         assert seconds(found["prefill"]) == pytest.approx(
             attributes["gen_ai.latency.time_in_model_prefill"], abs=1e-6
         )

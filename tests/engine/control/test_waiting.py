@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from nanoinfer_engine import waiting
 from nanoinfer_engine.request import Request
 from nanoinfer_engine.waiting import WaitingQueue
@@ -10,6 +11,7 @@ from tests.engine.control.bench import Bench
 from tests.engine.fakes import expected_tokens, make_request
 
 
+@pytest.mark.matrix("R50")
 def test_a_newcomer_does_not_stand_behind_a_flood() -> None:
     bench = Bench(max_batch_requests=1)
     flood = [make_request([11] * 8, 8, tenant="flood") for _ in range(20)]
