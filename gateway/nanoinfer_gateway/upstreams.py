@@ -20,6 +20,7 @@ from nanoinfer.v1 import (
 )
 from nanoinfer_common import names
 from nanoinfer_common.channels import open_channel
+from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, from_rpc_error, unavailable
 
 from nanoinfer_gateway.replicas import Replica, Replicas
@@ -91,9 +92,13 @@ class Tokenizer:
         self._timeout_seconds = timeout_seconds
         self._observe = observe
 
-    async def encode(self, text: str, call: Call) -> EncodedPrompt:
+    async def encode(
+        self, text: str, call: Call, *, parse_special_tokens: bool = False
+    ) -> EncodedPrompt:
         """Return a text's ids. Raises what the tokenizer raises, or TOKENIZER_UNAVAILABLE."""
-        request = tokenizer_pb2.TokenizerServiceEncodeRequest(text=text)
+        request = tokenizer_pb2.TokenizerServiceEncodeRequest(
+            text=text, parse_special_tokens=parse_special_tokens or None
+        )
         return await self._encoded(self._stub.Encode, request, call)
 
     async def render_chat(
@@ -107,14 +112,21 @@ class Tokenizer:
         """Fetch the whole vocabulary."""
         request = tokenizer_pb2.TokenizerServiceGetVocabularyRequest()
         tokens: list[bytes] = []
+        first_tokens: dict[int, bytes] = {}
         special: set[int] = set()
-        fingerprint = b""
+        byte_ids: set[int] = set()
+        last = tokenizer_pb2.TokenizerServiceGetVocabularyResponse()
         with self._errors(Call()):
             async for run in self._stub.GetVocabulary(request, timeout=VOCABULARY_TIMEOUT_SECONDS):
                 tokens.extend(run.tokens)
                 special.update(run.special_token_ids)
-                fingerprint = run.tokenizer_fingerprint
-        return Vocabulary(fingerprint, tuple(tokens), frozenset(special))
+                byte_ids.update(run.byte_token_ids)
+                first_tokens.update(run.first_tokens)
+                last = run
+        spelling = Spelling(
+            tuple(tokens), frozenset(byte_ids), first_tokens, last.strip_leading_spaces
+        )
+        return Vocabulary(last.tokenizer_fingerprint, spelling, frozenset(special))
 
     async def _encoded(self, method: Any, request: Message, call: Call) -> EncodedPrompt:
         started = time.perf_counter_ns()

@@ -1,7 +1,7 @@
 """Real tokenizers, a small trained model and real chat templates, for tests of every room.
 
-`make test` fetches the first two (`fetch.sh`, `convert.py`). The chat templates lie in a folder beside
-the project, or where CHAT_TEMPLATES says. A test that needs what is not there skips by its name.
+`make test` fetches the first two (`fetch.sh`, `convert.py`). The chat templates lie in a folder
+beside the project, or where CHAT_TEMPLATES says. A test skips by the name of what is not there.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Turns the fetched GGUF of SmolLM2-135M-Instruct into a model directory, once.
 
-`python -m tests.real.convert FOLDER` reads the folder's GGUF with `transformers` and `gguf`, so that
-nothing of ours takes part, and writes config, generation config, tokenizer and weights beside it.
+`python -m tests.real.convert FOLDER` reads the folder's GGUF with `transformers` and `gguf`, so
+that nothing of ours takes part, and writes config, tokenizer and weights beside it.
 """
 
 import os
