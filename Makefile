@@ -43,13 +43,17 @@ node_modules/.ready: $(VENV)/.dev package.json
 .cache/tools/.ready: deploy/tools.sh
 	-deploy/tools.sh .cache/tools && touch $@
 
+# real tokenizers and a small trained model; the tests that need what cannot be fetched skip by name
+.cache/real/.ready: $(VENV)/.dev tests/real/fetch.sh tests/real/convert.py
+	-PATH="$(CURDIR)/$(BIN):$$PATH" tests/real/fetch.sh .cache/real && touch $@
+
 demo: $(VENV)/.run  ## answer one question through all three services and draw the request's trace
 	@$(BIN)/nanoinfer trace --model models/guide "$(PROMPT)" </dev/null
 
 up: $(VENV)/.run  ## start the three services here and wait; Ctrl-C ends them
 	@$(BIN)/nanoinfer up --model models/guide
 
-test: check node_modules/.ready $(CODEGEN)/.ready .cache/tools/.ready  ## lint, types, contracts, unit and end-to-end tests
+test: check node_modules/.ready $(CODEGEN)/.ready .cache/tools/.ready .cache/real/.ready  ## lint, types, contracts, unit and end-to-end tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" </dev/null
 
 check: $(VENV)/.dev  ## lint, format, types, import directions, spelling

@@ -67,7 +67,12 @@ class Completions:
     ) -> None:
         stopping, response = options.stopping, options.response
         skip = not response.HasField("skip_special_tokens") or response.skip_special_tokens
-        table = vocabulary.without_specials if skip else vocabulary.tokens
+        spelling = vocabulary.without_specials if skip else vocabulary.spelling
+        stop_ids = {
+            vocabulary.special_texts[stop.encode()]: stop
+            for stop in options.stop
+            if skip and stop.encode() in vocabulary.special_texts
+        }
         self._vocabulary = vocabulary
         self._return_ids = response.return_token_ids
         self._include_stop = stopping.include_stop_in_output
@@ -76,8 +81,10 @@ class Completions:
         self._completions = [
             _Completion(
                 CompletionText(
-                    table,
+                    spelling,
                     options.stop,
+                    stop_ids=stop_ids,
+                    continues=isinstance(echo, str) and echo != "",
                     min_tokens=stopping.min_tokens,
                     include_stop=stopping.include_stop_in_output,
                 )
@@ -138,7 +145,8 @@ class Completions:
             self._prompt_info = self._new_prompt_info = message.prompt_info
             self._fill_in(message.prompt_info.prompt_logprobs)
             for index, completion in enumerate(self._completions):
-                self._add(index, completion.text.echo(self._echo))
+                if self._echo:
+                    self._add(index, completion.text.echo(self._echo))
         for delta in message.deltas:
             self._feed_delta(delta)
         for finish in message.finishes:

@@ -34,7 +34,9 @@ Slot = Callable[[], AbstractAsyncContextManager[object]]
 class Encoder(Protocol):
     """Turns text and conversations into ids."""
 
-    async def encode(self, text: str, call: Call) -> EncodedPrompt:
+    async def encode(
+        self, text: str, call: Call, *, parse_special_tokens: bool = False
+    ) -> EncodedPrompt:
         """Return a text's ids and the tokenizer's fingerprint."""
         ...
 
@@ -69,7 +71,10 @@ class Upstreams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One request, validated. `arrived_ns` is of `time.perf_counter_ns`."""
+    """One request, validated. `arrived_ns` is of `time.perf_counter_ns`.
+
+    `parse_special_tokens` reads the text of control tokens in a prompt's text as the tokens.
+    """
 
     prompt: Prompt
     options: gateway_pb2.GenerationOptions
@@ -77,6 +82,7 @@ class GenerationRequest:
     request_id: str
     call: Call
     arrived_ns: int
+    parse_special_tokens: bool = False
 
     @property
     def num_choices(self) -> int:
@@ -157,7 +163,11 @@ class Generation:
         if isinstance(prompt, generation_pb2.TokenIds):
             return EncodedPrompt(prompt)
         if isinstance(prompt, str):
-            return await self._upstreams.encoder.encode(prompt, self._request.call)
+            return await self._upstreams.encoder.encode(
+                prompt,
+                self._request.call,
+                parse_special_tokens=self._request.parse_special_tokens,
+            )
         return await self._upstreams.encoder.render_chat(prompt, self._request.call)
 
     async def _read(

@@ -32,10 +32,23 @@ PromptRequest = (
 
 
 def prompt_of(request: PromptRequest) -> Prompt:
-    """Return the prompt that is set; INVALID_ARGUMENT (INVALID_PROMPT) where none is."""
+    """Return the prompt that is set, an empty text where none is.
+
+    Raises INVALID_ARGUMENT for ids with an option that is about text.
+    """
     if request.WhichOneof("prompt") == "token_ids":
+        refuse_parsing(request, "token_ids")
         return request.token_ids
     return request.text
+
+
+def refuse_parsing(
+    request: PromptRequest | gateway_pb2.GatewayServiceCountTokensRequest, given: str
+) -> None:
+    """Raise INVALID_ARGUMENT where special tokens are to be parsed in something but `text`."""
+    if request.parse_special_tokens:
+        violation = Violation("parse_special_tokens", f"is for text, not for {given}")
+        raise invalid(names.INVALID_PROMPT, "parse_special_tokens is for text", violation)
 
 
 class RequestReader:
@@ -61,7 +74,13 @@ class RequestReader:
         return metadata, Call(tuple(forwarded), time.monotonic() + seconds)
 
     def generation(
-        self, prompt: Prompt, options: gateway_pb2.GenerationOptions, context: Any, arrived_ns: int
+        self,
+        prompt: Prompt,
+        options: gateway_pb2.GenerationOptions,
+        context: Any,
+        arrived_ns: int,
+        *,
+        parse_special_tokens: bool = False,
     ) -> tuple[GenerationRequest, RequestMetadata]:
         """Validate everything; raises what the contract says for each kind of fault."""
         given_id = options.request_id if options.HasField("request_id") else None
@@ -72,7 +91,15 @@ class RequestReader:
             raise
         self._validate(prompt, options, Limits.of(model))
         metadata, call = self.metadata(context, given_id)
-        request = GenerationRequest(prompt, options, model, metadata.request_id, call, arrived_ns)
+        request = GenerationRequest(
+            prompt,
+            options,
+            model,
+            metadata.request_id,
+            call,
+            arrived_ns,
+            parse_special_tokens=parse_special_tokens,
+        )
         return request, metadata
 
     def num_bytes(self, prompt: Prompt) -> int:

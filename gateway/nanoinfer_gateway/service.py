@@ -24,7 +24,7 @@ from nanoinfer_gateway.generation import Generation, Prompt, Slot, Upstreams
 from nanoinfer_gateway.metrics import GatewayMetrics
 from nanoinfer_gateway.readiness import Readiness
 from nanoinfer_gateway.replicas import Replicas
-from nanoinfer_gateway.requests import RequestReader, prompt_of
+from nanoinfer_gateway.requests import RequestReader, prompt_of, refuse_parsing
 from nanoinfer_gateway.settings import GatewaySettings
 from nanoinfer_gateway.telemetry import request_attributes, result_attributes
 from nanoinfer_gateway.tokenizers import Tokenizers
@@ -126,7 +126,12 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         """Complete a prompt and return the whole result."""
         with self._metrics.request("Generate"):
             updates = self._updates(
-                prompt_of(request), request.options, context, nullcontext, is_stream=False
+                prompt_of(request),
+                request.options,
+                context,
+                nullcontext,
+                is_stream=False,
+                parse_special_tokens=request.parse_special_tokens,
             )
             return await collect(updates, pb.GatewayServiceGenerateResponse())
 
@@ -136,7 +141,12 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         """Complete a prompt and stream text deltas."""
         with self._metrics.request("GenerateStream"):
             updates = self._updates(
-                prompt_of(request), request.options, context, self._slots.hold, is_stream=True
+                prompt_of(request),
+                request.options,
+                context,
+                self._slots.hold,
+                is_stream=True,
+                parse_special_tokens=request.parse_special_tokens,
             )
             await self._write_all(updates, pb.GatewayServiceGenerateStreamResponse, context)
 
@@ -167,6 +177,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         with self._metrics.request("CountTokens"):
             is_text = request.WhichOneof("input") != "conversation"
             prompt: Prompt = request.text if is_text else request.conversation.messages
+            if not is_text:
+                refuse_parsing(request, "a conversation")
             self._reader.validate_prompt(prompt, Limits())
             if request.HasField("model"):
                 self._replicas.model(request.model)
@@ -174,7 +186,9 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             num_bytes = self._reader.num_bytes(prompt)
             with self._admission.reserve(tenant=metadata.tenant, num_bytes=num_bytes):
                 if is_text:
-                    encoded = await self._tokenizer.encode(request.text, call)
+                    encoded = await self._tokenizer.encode(
+                        request.text, call, parse_special_tokens=request.parse_special_tokens
+                    )
                 else:
                     encoded = await self._tokenizer.render_chat(request.conversation.messages, call)
             return pb.GatewayServiceCountTokensResponse(num_tokens=len(encoded.tokens.ids))
@@ -207,10 +221,15 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         slot: Slot,
         *,
         is_stream: bool,
+        parse_special_tokens: bool = False,
     ) -> AsyncGenerator[Update, None]:
         """Validate, admit and run one generation; closing this ends all of it."""
         request, metadata = self._reader.generation(
-            prompt, options, context, time.perf_counter_ns()
+            prompt,
+            options,
+            context,
+            time.perf_counter_ns(),
+            parse_special_tokens=parse_special_tokens,
         )
         whole = WholeAnswer(
             options, request.num_choices, request.model, self._settings.max_answer_bytes

@@ -1,35 +1,16 @@
-"""Text from token ids: incremental UTF-8 decoding and stop strings, one object per completion.
+"""Text from token ids: incremental decoding and stop strings, one object per completion.
 
-Everything here is synchronous, holds no more than a character and a stop string, and gives the same
-text however the ids are cut into messages. It knows neither proto nor network.
+Everything here is synchronous, holds no more than a stop string and what the decoder cannot be
+certain of, and gives the same text however the ids are cut into messages. It knows neither proto
+nor network.
 """
 
-import codecs
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
-
-class TextDecoder:
-    """Turns token ids into text that always ends on a character boundary.
-
-    `table` maps an id to its raw bytes; ids beyond its end, which a model padded to a round
-    vocabulary size can produce, have no text. Bytes that are not UTF-8 become U+FFFD.
-    """
-
-    def __init__(self, table: Sequence[bytes]) -> None:
-        self._table = table
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token_ids: Iterable[int]) -> str:
-        """Return the characters that these ids complete; the rest waits."""
-        table = self._table
-        size = len(table)
-        return self._decoder.decode(b"".join([table[i] for i in token_ids if i < size]))
-
-    def flush(self) -> str:
-        """Return U+FFFD for a character that stayed incomplete, else nothing."""
-        return self._decoder.decode(b"", final=True)
+from nanoinfer_common.detokenize import Spelling, TextDecoder
 
 
 @dataclass(eq=False)
@@ -115,19 +96,26 @@ class CompletionText:
 
     A stop string that is complete before `min_tokens` tokens were produced does not end the
     completion. `stop` is the string that did, `num_tokens` counts the tokens up to the one that
-    completed it.
+    completed it. `stop_ids` maps tokens that have no text here to the stop strings that they are.
+
+    Byte tokens that the decoder holds back are looked at ahead, so that a string which they
+    complete ends the completion at once.
     """
 
     def __init__(
         self,
-        table: Sequence[bytes],
+        spelling: Spelling,
         stops: Sequence[str],
         *,
+        stop_ids: Mapping[int, str] | None = None,
         min_tokens: int = 0,
         include_stop: bool = False,
+        continues: bool = False,
     ) -> None:
-        self._decoder = TextDecoder(table)
+        self._decoder = TextDecoder(spelling, continues=continues)
         self._matcher = StopMatcher(stops) if stops else None
+        self._ahead: tuple[StopMatcher, list[str]] | None = None
+        self._stop_ids = stop_ids or {}
         self._min_tokens = min_tokens
         self._include_stop = include_stop
         self.num_tokens = 0
@@ -145,15 +133,10 @@ class CompletionText:
         if self._matcher is None:
             self.num_tokens += len(token_ids)
             return self._decoder.feed(token_ids)
-        pieces = []
+        pieces: list[str] = []
         for token_id in token_ids:
             self.num_tokens += 1
-            text = self._decoder.feed((token_id,))
-            if not text:
-                continue
-            may_stop = self.num_tokens >= self._min_tokens
-            free, self.stop = self._matcher.feed(text, may_stop=may_stop)
-            pieces.append(free)
+            pieces.append(self._feed_one(self._matcher, token_id))
             if self.stop is not None:
                 if self._include_stop:
                     pieces.append(self.stop)
@@ -166,3 +149,24 @@ class CompletionText:
         if self._matcher is None:
             return rest
         return self._matcher.feed(rest, may_stop=False)[0] + self._matcher.flush()
+
+    def _feed_one(self, matcher: StopMatcher, token_id: int) -> str:
+        may_stop = self.num_tokens >= self._min_tokens
+        if may_stop and token_id in self._stop_ids:
+            self.stop = self._stop_ids[token_id]
+            return self.flush()
+        # what was looked at ahead is certain now, and no string in it ended the completion
+        free = ""
+        if run := self._decoder.feed_run_before(token_id):
+            free, self._ahead = matcher.feed(run, may_stop=False)[0], None
+        if text := self._decoder.feed((token_id,)):
+            more, self.stop = matcher.feed(text, may_stop=may_stop)
+            return free + more
+        if waiting := self._decoder.look_ahead():
+            self._ahead = self._ahead or (copy(matcher), [])
+            ahead, given = self._ahead
+            more, self.stop = ahead.feed(waiting, may_stop=may_stop)
+            given.append(more)
+            if self.stop is not None:
+                return free + "".join(given)
+        return free

@@ -22,6 +22,7 @@ from nanoinfer.v1 import (
     tokenizer_pb2,
 )
 from nanoinfer_common import names
+from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, from_rpc_error, internal, unavailable
 
 from nanoinfer_gateway.fleet import Connection, SilentError
@@ -100,9 +101,13 @@ class Tokenizer:
         self._timeout_seconds = timeout_seconds
         self._observe = observe
 
-    async def encode(self, text: str, call: Call) -> EncodedPrompt:
+    async def encode(
+        self, text: str, call: Call, *, parse_special_tokens: bool = False
+    ) -> EncodedPrompt:
         """Return a text's ids. Raises what the tokenizer raises, or TOKENIZER_UNAVAILABLE."""
-        request = tokenizer_pb2.TokenizerServiceEncodeRequest(text=text)
+        request = tokenizer_pb2.TokenizerServiceEncodeRequest(
+            text=text, parse_special_tokens=parse_special_tokens or None
+        )
         return await self._encoded("Encode", request, call)
 
     async def render_chat(
@@ -169,18 +174,23 @@ class Tokenizer:
 async def _fetch_vocabulary(stub: Any, timeout: float | None) -> Vocabulary:
     request = tokenizer_pb2.TokenizerServiceGetVocabularyRequest()
     tokens: list[bytes] = []
+    first_tokens: dict[int, bytes] = {}
     special: set[int] = set()
-    fingerprint, eos = b"", None
+    byte_ids: set[int] = set()
+    last = tokenizer_pb2.TokenizerServiceGetVocabularyResponse()
     runs = stub.GetVocabulary(request, timeout=timeout)
     try:
         async for run in runs:
             tokens.extend(run.tokens)
             special.update(run.special_token_ids)
-            fingerprint = run.tokenizer_fingerprint
-            eos = frozenset(run.eos_token_ids.ids) if run.HasField("eos_token_ids") else None
+            byte_ids.update(run.byte_token_ids)
+            first_tokens.update(run.first_tokens)
+            last = run
     finally:
         runs.cancel()  # gRPC does not, where its caller is cancelled while the request is sent
-    return Vocabulary(fingerprint, tuple(tokens), frozenset(special), eos)
+    spelling = Spelling(tuple(tokens), frozenset(byte_ids), first_tokens, last.strip_leading_spaces)
+    eos = frozenset(last.eos_token_ids.ids) if last.HasField("eos_token_ids") else None
+    return Vocabulary(last.tokenizer_fingerprint, spelling, frozenset(special), eos)
 
 
 class Engines:

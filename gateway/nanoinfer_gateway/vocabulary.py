@@ -1,4 +1,4 @@
-"""The byte table of the tokenizer's vocabulary, fetched once per fingerprint and kept.
+"""The spelling of the tokenizer's vocabulary, fetched once per fingerprint and kept.
 
 The tokenizer stays the authority: a fingerprint that has not been seen is fetched from it, by one
 call however many requests wait. Knows no proto.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import structlog
 from nanoinfer_common import names
+from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, precondition
 
 MAX_FETCHES = 4  # several tokenizers of different fingerprints may answer during a rolling update
@@ -20,26 +21,29 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Raw bytes by id (empty for an id without a token), the special ids, the 32-byte fingerprint.
+    """How ids are spelled, the special ids, the 32-byte fingerprint.
 
     `eos_token_ids` are None where the tokenizer is too old to say them. `without_specials` is the
-    same table with the special tokens' bytes left out.
+    same spelling with the special tokens left out of every text, `special_texts` maps the special
+    tokens' texts to their ids.
     """
 
     fingerprint: bytes
-    tokens: tuple[bytes, ...]
+    spelling: Spelling
     special_ids: frozenset[int]
     eos_token_ids: frozenset[int] | None = None
-    without_specials: tuple[bytes, ...] = field(init=False, repr=False)
+    without_specials: Spelling = field(init=False, repr=False)
+    special_texts: dict[bytes, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        special = self.special_ids
-        table = tuple(b"" if i in special else token for i, token in enumerate(self.tokens))
-        object.__setattr__(self, "without_specials", table)
+        tokens = self.spelling.tokens
+        object.__setattr__(self, "without_specials", self.spelling.without(self.special_ids))
+        object.__setattr__(self, "special_texts", {tokens[i]: i for i in self.special_ids})
 
     def token(self, token_id: int) -> bytes:
         """Return an id's raw bytes; empty for an id that the tokenizer does not have."""
-        return self.tokens[token_id] if token_id < len(self.tokens) else b""
+        tokens = self.spelling.tokens
+        return tokens[token_id] if token_id < len(tokens) else b""
 
 
 class Vocabularies:

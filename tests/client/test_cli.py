@@ -81,6 +81,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "truncate_prompt_tokens": (["9"], 9),
     "cache_salt": (["s"], "s"),
     "request_id": (["r"], "r"),
+    "parse_special_tokens": ([], True),
 }
 BESIDE = {"priority": "-5", "tenant": "t", "timeout": "7", "metadata": "x-own=1"}
 SHAPES = {"json_schema": "{}", "json_object": None, "regex": "a", "grammar": "g", "choices": "c"}
@@ -104,7 +105,7 @@ def test_flags_reach_the_wire(target: str, behaviour: Behaviour) -> None:
     assert result.exit_code == 0, result.output
     arrival = behaviour.arrivals[0]
     options = arrival.request.options
-    holders = (options, options.sampling, options.stopping, options.response)
+    holders = (options, options.sampling, options.stopping, options.response, arrival.request)
     for name, (_, expected) in FLAGS.items():
         holder = next(each for each in holders if name in each.DESCRIPTOR.fields_by_name)
         found = getattr(holder, name)

@@ -120,6 +120,7 @@ def test_no_field_of_the_contract_is_missing() -> None:
         generation_pb2.StructuredOutput,
     ):
         expected |= contract_fields(message.DESCRIPTOR)
+    expected.add("parse_special_tokens")  # beside the options, because chats have none of it
     call_options = {"timeout", "metadata", "priority", "tenant"}
     assert Options.__optional_keys__ - call_options == expected
 
@@ -142,6 +143,18 @@ def test_what_the_wire_cannot_carry_is_refused_here(
 ) -> None:
     with pytest.raises(error, match=named):
         generation_options(options)
+
+
+def test_parsing_special_tokens_is_for_prompts(client: Client, behaviour: Behaviour) -> None:
+    for asked in (True, False):
+        client.generate("x", parse_special_tokens=asked)
+        request = behaviour.arrivals[-1].request
+        assert request.HasField("parse_special_tokens")
+        assert request.parse_special_tokens is asked
+    client.generate("x")
+    assert not behaviour.arrivals[-1].request.HasField("parse_special_tokens")
+    with pytest.raises(TypeError, match="not for conversations"):
+        client.chat([{"role": "user", "content": "x"}], parse_special_tokens=True)
 
 
 def test_an_unknown_option(client: Client) -> None:

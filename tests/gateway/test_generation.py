@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
+from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, unavailable
 from nanoinfer_common.stream_writes import WriteSlots
 from nanoinfer_gateway.answer_bytes import AnswerBytes, Share
@@ -42,11 +43,13 @@ from tests.gateway.fakes import (
     tell,
 )
 
-VOCABULARY = Vocabulary(FINGERPRINT, TOKENS, frozenset({SPECIAL}))
+VOCABULARY = Vocabulary(FINGERPRINT, Spelling(TOKENS), frozenset({SPECIAL}))
 
 
 class Encoder:
-    async def encode(self, text: str, call: Call) -> EncodedPrompt:
+    async def encode(
+        self, text: str, call: Call, *, parse_special_tokens: bool = False
+    ) -> EncodedPrompt:
         tokens = generation_pb2.TokenIds(ids=text.encode())
         return EncodedPrompt(tokens, FINGERPRINT, tokenize_ns=5)
 
@@ -160,6 +163,17 @@ async def test_a_whole_answer_has_text_usage_timings_and_seed() -> None:
     assert answer.summary.request_id == "r-1"
     assert answer.summary.tokenizer_fingerprint == FINGERPRINT
     assert source.requests[0].tokenizer_fingerprint == FINGERPRINT
+
+
+@pytest.mark.parametrize("skip", [True, False])
+async def test_a_stop_string_that_is_a_special_tokens_text_ends_at_the_token(skip: bool) -> None:
+    asked = options("<|end|>")
+    asked.sampling.seed = 7
+    asked.response.skip_special_tokens = skip
+    answer, _ = await run(tell(ids_of(b"Hello", SPECIAL, b" world")), asked)
+    choice = answer.choices[0]
+    assert (choice.text, choice.finish.stop_match.stop) == ("Hello", "<|end|>")
+    assert answer.summary.usage.completion_tokens == 2
 
 
 async def test_what_the_client_set_goes_on_untouched_and_nothing_else() -> None:

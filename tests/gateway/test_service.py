@@ -463,6 +463,37 @@ async def test_tokens_are_counted(running_gateway: Gateway, engine: FakeEngine) 
     assert engine.requests == []
 
 
+async def test_special_tokens_in_text_are_parsed_only_where_asked(
+    running_gateway: Gateway, tokenizer: FakeTokenizer, engine: FakeEngine
+) -> None:
+    stub = running_gateway.stub
+    for asked in ({}, {"parse_special_tokens": False}, {"parse_special_tokens": True}):
+        await stub.Generate(pb.GatewayServiceGenerateRequest(text="hi", **asked))
+        await drain(stub.GenerateStream(pb.GatewayServiceGenerateStreamRequest(text="hi", **asked)))
+        await stub.CountTokens(pb.GatewayServiceCountTokensRequest(text="hi", **asked))
+    parsed = [request.parse_special_tokens for request in tokenizer.named("Encode")]
+    assert parsed == [False] * 6 + [True] * 3
+    given = generation_pb2.TokenIds(ids=[1])
+    conversation = pb.Conversation(messages=chat("a"))
+    for call in (
+        stub.Generate(pb.GatewayServiceGenerateRequest(token_ids=given, parse_special_tokens=True)),
+        drain(
+            stub.GenerateStream(
+                pb.GatewayServiceGenerateStreamRequest(token_ids=given, parse_special_tokens=True)
+            )
+        ),
+        stub.CountTokens(
+            pb.GatewayServiceCountTokensRequest(
+                conversation=conversation, parse_special_tokens=True
+            )
+        ),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "parse_special_tokens" in caught.value.details()
+
+
 async def test_models_and_server_are_described(running_gateway: Gateway) -> None:
     stub = running_gateway.stub
     expected = model_info()

@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanoinfer_gateway.text import CompletionText, StopMatcher, TextDecoder
+from nanoinfer_common.detokenize import Spelling, TextDecoder
+from nanoinfer_gateway.text import CompletionText, StopMatcher
 
-BYTE_TABLE = tuple(bytes([value]) for value in range(256))
+BYTE_TABLE = Spelling(tuple(bytes([value]) for value in range(256)))
 # few characters, so that stop strings overlap, repeat and nearly match
 letters = st.text(alphabet="abé日", max_size=30)
 stops = st.lists(st.text(alphabet="abé日", min_size=1, max_size=4), min_size=1, max_size=4)
@@ -69,7 +70,7 @@ def test_every_piece_ends_on_a_character_and_none_waits_needlessly(text: str) ->
 
 
 def test_an_id_beyond_the_table_has_no_text() -> None:
-    decoder = TextDecoder((b"a", b""))
+    decoder = TextDecoder(Spelling((b"a", b"")))
     assert decoder.feed([0, 1, 2, 2**31, 0]) == "aa"
 
 
@@ -133,8 +134,8 @@ def test_a_match_before_min_tokens_is_text_and_one_that_reaches_it_counts() -> N
 
 
 def test_include_stop_keeps_the_string_and_nothing_after_it() -> None:
-    table = (*BYTE_TABLE, b"one STOP two")
-    completion = CompletionText(table, ["STOP"], include_stop=True)
+    table = (*BYTE_TABLE.tokens, b"one STOP two")
+    completion = CompletionText(Spelling(table), ["STOP"], include_stop=True)
     assert completion.feed([256, ord("x")]) == "one STOP"
     assert completion.num_tokens == 1
 
@@ -143,3 +144,22 @@ def test_a_character_left_incomplete_becomes_a_replacement_character() -> None:
     completion = CompletionText(BYTE_TABLE, ["zz"])
     assert completion.feed(b"z" + "日".encode()[:2]) == ""
     assert completion.flush() == "z\ufffd"
+
+
+def test_a_stop_string_that_is_a_special_token_left_out_ends_at_the_token() -> None:
+    stop_ids = {300: "<|end|>"}
+
+    def completion(**more: bool | int) -> CompletionText:
+        return CompletionText(BYTE_TABLE, ["<|end|>", "zz"], stop_ids=stop_ids, **more)
+
+    ended = completion()
+    assert ended.feed([ord("a"), ord("z"), 300, ord("b")]) == "az"
+    assert (ended.stop, ended.num_tokens) == ("<|end|>", 3)
+    kept = completion(include_stop=True)
+    assert kept.feed([ord("a"), 300]) == "a<|end|>"
+    early = completion(min_tokens=3)
+    assert early.feed([300, ord("a"), ord("b")]) == "ab"
+    assert early.stop is None
+    spelled = completion()
+    assert spelled.feed(b"a<|end|>b") == "a"
+    assert spelled.stop == "<|end|>"

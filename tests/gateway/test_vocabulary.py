@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import grpc
 import pytest
+from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError
 from nanoinfer_gateway.vocabulary import MAX_FETCHES, MAX_KEPT, Vocabularies, Vocabulary
 
 
 def vocabulary(number: int = 0) -> Vocabulary:
-    return Vocabulary(bytes([number]) * 32, (b"a", b"<s>", b"c"), frozenset({1}))
+    return Vocabulary(bytes([number]) * 32, Spelling((b"a", b"<s>", b"c")), frozenset({1}))
 
 
 class Source:
@@ -31,7 +32,7 @@ class Source:
 
 
 def test_the_table_without_specials_keeps_every_place() -> None:
-    assert vocabulary().without_specials == (b"a", b"", b"c")
+    assert vocabulary().without_specials.tokens == (b"a", b"", b"c")
     assert vocabulary().token(1) == b"<s>"
     assert vocabulary().token(99) == b""
 

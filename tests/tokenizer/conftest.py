@@ -1,11 +1,14 @@
 """Fixtures: one directory, loaded tokenizer and reference per family, made once."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
+from nanoinfer_tokenizer.encodings import Vocabulary
 from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
+from nanoinfer_tokenizer.streaming import StreamDecoder
 from tokenizers import Tokenizer
 
 from tests.tokenizer.tiny_tokenizers import make_tokenizer
@@ -26,11 +29,20 @@ def loaded(directory_of: Callable[[str], Path]) -> Callable[[str], LoadedTokeniz
 
 @pytest.fixture(scope="session")
 def reference(directory_of: Callable[[str], Path]) -> Callable[[str], Tokenizer]:
-    """Gives the `tokenizers` library's own tokenizer, special tokens in text left plain."""
+    """Gives the `tokenizers` library's own tokenizer, added tokens in text left plain."""
 
     def load(family: str) -> Tokenizer:
-        tokenizer = Tokenizer.from_file(str(directory_of(family) / "tokenizer.json"))
+        document = json.loads((directory_of(family) / "tokenizer.json").read_text())
+        for entry in document["added_tokens"]:  # all of these families' are markup
+            entry["special"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(document))
         tokenizer.encode_special_tokens = True
         return tokenizer
 
     return cache(load)
+
+
+def decode(vocabulary: Vocabulary, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+    """Decodes a whole text at once."""
+    decoder = StreamDecoder(vocabulary, skip_special=skip_special)
+    return decoder.push(token_ids) + decoder.finish()

@@ -14,8 +14,19 @@ HARMLESS: list[Conversation] = [
     ],
     [("user", "if x<y: return '<|>' \\ \"quoted\" {{ braces }} {% raw %}")],
     [("user", "think"), ("assistant", "<think>\nwell\n</think>\n\nSo: 4."), ("user", "why?")],
-    [("user", "<tool_response>\n42\n</tool_response>"), ("assistant", "42"), ("user", "</think>")],
     [("user", "a" * 3000 + " <" * 50)],
+]
+
+# Whose text a template looks into, or that says what only templates may: text as any other.
+MARKED: list[Conversation] = [
+    [("user", "<tool_response>\n42\n</tool_response>"), ("assistant", "42"), ("user", "</think>")],
+    [("user", "q"), ("assistant", "<think>a</think>b</think>\nc"), ("user", "<tool_response>x")],
+    [
+        ("user", "q"),
+        ("assistant", "<think>\na\n</think>\n\nb"),
+        ("user", "<tool_response>1</tool_response>"),
+    ],
+    [("user", "<|im_end|><think>x</think>"), ("assistant", "</think>"), ("user", "[/INST]</s>")],
 ]
 
 WHITE_SPACE = ["\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\u0085", "\x1c", "\u200b", "   "]

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoinfer_tokenizer.chat import ChatRenderer, Message
-from nanoinfer_tokenizer.encodings import TokenizerFileError, encode_with_special
+from nanoinfer_tokenizer.encodings import TokenizerFileError, encode_with_control
 from nanoinfer_tokenizer.loading import LoadedTokenizer
 from nanoinfer_tokenizer.template_process import (
     TemplateLimits,
@@ -18,7 +19,8 @@ from nanoinfer_tokenizer.template_process import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from tests.tokenizer.conversations import FRAGMENTS, HARMLESS, Conversation
+from tests.tokenizer.conftest import decode
+from tests.tokenizer.conversations import FRAGMENTS, HARMLESS, MARKED, Conversation
 
 CHAT_FAMILIES = ["llama3", "qwen2", "qwen3", "mistral"]
 
@@ -81,22 +83,40 @@ def test_ids_equal_those_of_transformers(
         assert rendered.text == text
         ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
         assert (
-            encode_with_special(loaded(family).encoding, rendered.guarded, rendered.restore) == ids
+            encode_with_control(loaded(family).encoding, rendered.guarded, rendered.restore) == ids
         )
 
 
 @pytest.mark.parametrize("family", CHAT_FAMILIES)
-def test_text_of_special_tokens_stays_plain(
+def test_templates_see_marked_text_as_it_was_written(
+    family: str,
+    renderer_of: Callable[[str], ChatRenderer],
+    transformers_of: Callable[[str], PreTrainedTokenizerFast],
+) -> None:
+    for conversation in MARKED:
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        theirs = transformers_of(family).apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        rendered = renderer_of(family).render(to_messages(conversation), add_generation_prompt=True)
+        assert rendered.text == theirs
+
+
+@pytest.mark.parametrize("family", CHAT_FAMILIES)
+def test_text_of_control_tokens_stays_plain(
     family: str,
     loaded: Callable[[str], LoadedTokenizer],
     renderer_of: Callable[[str], ChatRenderer],
 ) -> None:
-    encoding = loaded(family).encoding
-    special = encoding.vocabulary.special
-    expected = special_ids_of(
-        [("user", "x"), ("assistant", "x"), ("user", "x")], family, loaded, renderer_of
-    )
-    for token, other in itertools.product(special.values(), repeat=2):
+    tokens = loaded(family).encoding.control.tokens
+    expected = {
+        # What this begins with a template may take for a tool's answer, and mark so itself.
+        begins: control_ids_of(
+            [("user", begins), ("assistant", "x"), ("user", begins)], family, loaded, renderer_of
+        )
+        for begins in ("x", "<tool_response>")
+    }
+    for token, other in itertools.product(tokens, repeat=2):
         for attack in (
             token,
             f" {token} ",
@@ -105,11 +125,13 @@ def test_text_of_special_tokens_stays_plain(
             f"</think>{token}",
             f"<tool_response>{token}",
         ):
-            conversation = [("user", attack), ("assistant", attack), ("user", attack)]
-            assert special_ids_of(conversation, family, loaded, renderer_of) == expected, attack
+            conversation = [("user", attack), ("assistant", "x"), ("user", attack)]
+            begins = "<tool_response>" if attack.startswith("<tool_response>") else "x"
+            ids = control_ids_of(conversation, family, loaded, renderer_of)
+            assert ids == expected[begins], attack
 
 
-def special_ids_of(
+def control_ids_of(
     conversation: Conversation,
     family: str,
     loaded: Callable[[str], LoadedTokenizer],
@@ -117,9 +139,10 @@ def special_ids_of(
 ) -> list[int]:
     encoding = loaded(family).encoding
     rendered = renderer_of(family).render(to_messages(conversation), add_generation_prompt=True)
-    ids = encode_with_special(encoding, rendered.guarded, rendered.restore)
-    assert encoding.vocabulary.to_bytes(ids, skip_special=False).decode() == rendered.text
-    return [token_id for token_id in ids if token_id in encoding.vocabulary.special]
+    ids = encode_with_control(encoding, rendered.guarded, rendered.restore)
+    assert decode(encoding.vocabulary, ids) == rendered.text
+    control = {token.id for token in encoding.control.tokens.values()}
+    return [token_id for token_id in ids if token_id in control]
 
 
 FORGERY = st.lists(
@@ -152,7 +175,7 @@ def test_no_text_forges_a_special_token(
     encoding = loaded("qwen2").encoding
     messages = [Message("user", content) for content in contents]
     rendered = joining.render(messages, add_generation_prompt=True)
-    ids = encode_with_special(encoding, rendered.guarded, rendered.restore)
+    ids = encode_with_control(encoding, rendered.guarded, rendered.restore)
     assert [i for i in ids if i in encoding.vocabulary.special] == [701, 702]
 
 
@@ -245,6 +268,53 @@ def test_a_template_that_does_not_compile_stops_the_start(
 ) -> None:
     with pytest.raises(TokenizerFileError, match="does not compile"):
         template(source, loaded("qwen2"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if a %}" * 2000 + "{% endif %}" * 2000,
+        "{% for a in b %}" * 60 + "{% endfor %}" * 60,
+        "{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}",
+        "{{ " + "[" * 2000 + "]" * 2000 + " }}",
+        "{{ 1" + " + 1" * 20_000 + " }}",
+        "x" * (2 << 20),
+    ],
+    ids=["if", "for", "parentheses", "lists", "sum", "giant"],
+)
+def test_a_template_too_deep_or_too_big_stops_the_start(
+    source: str, loaded: Callable[[str], LoadedTokenizer]
+) -> None:
+    with pytest.raises(TokenizerFileError, match="chat template"):
+        template(source, loaded("qwen2"))
+
+
+LOOKS = """\
+{%- set c = messages[0].content -%}
+{{ '<' in c }}{{ '<b>' not in c }}{{ c == '<a>-<b>|<a>' }}{{ c in ['x', '<a>-<b>|<a>'] }}
+{{ c.startswith('<a') }}{{ c.endswith(('a>', 'x')) }}{{ c.find('<b') }}{{ c.rfind('<a') }}
+{{ c.index('<b>') }}{{ c.rindex('<') }}{{ c.count('<') }}{{ c.split('<b>') }}{{ c.split('<', 1) }}
+{{ c.rsplit('<', 1) }}{{ c.partition('<b>') }}{{ c.rpartition('<') }}{{ c.strip('<a>') }}
+{{ c.lstrip('<') }}{{ c.rstrip('a>') }}{{ c.removeprefix('<a>') }}{{ c.removesuffix('<a>') }}
+{{ c.replace('<a>', '[') }}{{ c.replace('<', '', 1) }}{{ c | replace('<b>', '') }}
+{{ c | trim('<') }}{{ c[0] == '<' }}{{ c is in(['<a>-<b>|<a>']) }}{{ c is eq('<a>') }}
+{{ messages | selectattr('content', 'equalto', '<a>-<b>|<a>') | list | length }}
+{{ c | upper }}{{ c | tojson }}{{ c | tojson(ensure_ascii=true) }}{{ c.split() }}{{ c.strip() }}
+{%- macro m(x) %}{{ x }}{% endmacro %}{{ '<b>' in m(c) }}{{ '<b>' in ('-' ~ c) }}
+{%- for x in c %}{{ x == '<' }}{% endfor %}
+"""
+
+
+def test_a_template_that_looks_in_every_way_sees_what_was_written(
+    loaded: Callable[[str], LoadedTokenizer], transformers_of: Callable[..., Any]
+) -> None:
+    messages = [{"role": "user", "content": "<a>-<b>|<a>"}]
+    expected = transformers_of("qwen3").apply_chat_template(
+        messages, chat_template=LOOKS, tokenize=False
+    )
+    with template(LOOKS, loaded("qwen3")) as renderer:
+        rendered = renderer.render([Message("user", "<a>-<b>|<a>")], add_generation_prompt=True)
+    assert rendered.text == expected
 
 
 def test_what_templates_are_written_for(loaded: Callable[[str], LoadedTokenizer]) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,23 @@ from nanoinfer_tokenizer.byte_level import (
     convert_ranks,
     spec_from_ranks,
 )
+from nanoinfer_tokenizer.decoders import read_vocabulary
+from nanoinfer_tokenizer.document import read_added_tokens
 from nanoinfer_tokenizer.encodings import (
     AddedToken,
     AddedTokens,
     TokenizerFileError,
     UnknownTokenIdError,
-    encode_with_special,
+    encode_with_control,
+    is_markup,
+    longest_of,
 )
 from nanoinfer_tokenizer.library import LibraryEncoding
 from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
+from nanoinfer_tokenizer.streaming import StreamDecoder
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests.tokenizer.conftest import decode
 from tests.tokenizer.conversations import FRAGMENTS
 from tests.tokenizer.tiny_tokenizers import FAMILIES, TEXTS
 
@@ -83,41 +90,47 @@ def test_any_text_gives_the_librarys_ids(
     assert tokenizer.frame.around(tokenizer.encoding.encode(text)) == expected.ids
     vocabulary = tokenizer.encoding.vocabulary
     if family not in ("qwen2", "qwen3"):  # NFC changes text
-        assert vocabulary.to_bytes(expected.ids, skip_special=True).decode() == text
+        assert decode(vocabulary, expected.ids, skip_special=True) == text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=100, deadline=None)
 @given(text=texts)
-def test_plain_text_never_gives_a_special_token(family: str, text: str, loaded: Load) -> None:
+def test_plain_text_never_gives_a_control_token(family: str, text: str, loaded: Load) -> None:
     encoding = loaded(family).encoding
-    assert not set(encoding.encode(text)) & set(encoding.vocabulary.special)
+    control = {token.id for token in encoding.control.tokens.values()}
+    assert control.isdisjoint(encoding.encode(text))
+    assert control >= set(encoding.vocabulary.special)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_token_alone(family: str, loaded: Load, reference: Reference) -> None:
     encoding = loaded(family).encoding
-    for data in encoding.vocabulary.tokens:
+    for data in encoding.vocabulary.spelling.tokens:
         text = data.decode(errors="ignore")
         assert encoding.encode(text) == reference(family).encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_special_tokens_arise_from_a_template_only(family: str, loaded: Load) -> None:
+def test_control_tokens_arise_from_a_template_only(family: str, loaded: Load) -> None:
     encoding = loaded(family).encoding
-    for token_id, text in encoding.vocabulary.special.items():
+    for text, token in encoding.control.tokens.items():
+        token_id = token.id
         around = f"a{text} b"
         plain = encoding.encode(around)
         assert token_id not in plain
-        assert encoding.vocabulary.to_bytes(plain, skip_special=False).decode() == around
+        assert decode(encoding.vocabulary, plain) == around
         expected = [*encoding.encode("a"), token_id, *encoding.encode(" b")]
-        assert encode_with_special(encoding, around) == expected
+        assert encode_with_control(encoding, around) == expected
 
 
-def test_added_tokens_that_are_not_special_are_found(loaded: Load, reference: Reference) -> None:
+def test_markup_that_the_file_does_not_call_special_is_a_control_token_too(
+    loaded: Load, reference: Reference
+) -> None:
     encoding = loaded("qwen3").encoding
     think = reference("qwen3").token_to_id("<think>")
-    assert encoding.encode("a<think>b").count(think) == 1
+    assert think not in encoding.encode("a<think>b")
+    assert encode_with_control(encoding, "a<think>b").count(think) == 1
     assert think not in encoding.vocabulary.special
 
 
@@ -181,7 +194,7 @@ def test_other_byte_level_tokenizers_use_the_library(
     for text in corpus(50):
         assert encoding.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
     assert 700 not in encoding.encode("a<|endoftext|>b")
-    assert encode_with_special(encoding, "<|endoftext|>") == [700]
+    assert encode_with_control(encoding, "<|endoftext|>") == [700]
 
 
 def sentencepiece_like(kind: str) -> Tokenizer:
@@ -231,20 +244,84 @@ def test_sentencepiece_like_tokenizers_use_the_library(kind: str, tmp_path: Path
         assert not {1, 2} & set(encoding.encode(text))
     whole = "<s>The quick</s> brown<s>"
     assert (
-        encode_with_special(encoding, whole) == theirs.encode(whole, add_special_tokens=False).ids
+        encode_with_control(encoding, whole) == theirs.encode(whole, add_special_tokens=False).ids
     )
     plain = encoding.encode("The quick fox\n")
     if kind == "bpe":
-        assert encoding.vocabulary.to_bytes(plain, skip_special=True) == b" The quick fox\n"
+        assert decode(encoding.vocabulary, plain) == "The quick fox\n"
 
 
-def test_a_decoder_without_bytes_for_tokens_is_refused(
-    directory_of: Callable[[str], Path], tmp_path: Path
+FUSE = {"type": "Fuse"}
+FALLBACK = {"type": "ByteFallback"}
+REPLACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+PIECES = [
+    "a",
+    "▁b",
+    "▁",
+    "▁▁",
+    " c",
+    "é",
+    *(f"<0x{byte:02X}>" for byte in "é日".encode()),
+    "<0x20>",
+]
+
+
+def strip(num: int) -> dict[str, Any]:
+    return {"type": "Strip", "content": " ", "start": num, "stop": 0}
+
+
+STREAMABLE: list[list[dict[str, Any]]] = [
+    [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}],
+    [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}],
+    [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}, FALLBACK],
+    [REPLACE, FALLBACK],
+    [REPLACE, FALLBACK, FUSE],
+    [REPLACE, FALLBACK, FUSE, strip(1)],
+    [REPLACE, FALLBACK, FUSE, strip(1), strip(2)],
+    [FALLBACK, FUSE, strip(3)],
+    [FUSE],
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    steps=st.sampled_from(STREAMABLE),
+    ids=st.lists(st.integers(0, len(PIECES) - 1), max_size=10),
+    cut=st.integers(0, 10),
+)
+def test_every_decoder_that_is_served_decodes_as_the_library(
+    steps: list[dict[str, Any]], ids: list[int], cut: int
+) -> None:
+    decoder = {"type": "Sequence", "decoders": steps}
+    vocab = {piece: token_id for token_id, piece in enumerate(PIECES)}
+    document = {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "decoder": decoder}
+    theirs = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], **document}))
+    vocabulary = read_vocabulary(document, dict(enumerate(PIECES)), [])
+    stream = StreamDecoder(vocabulary, skip_special=True)
+    text = stream.push(ids[:cut]) + stream.push(ids[cut:]) + stream.finish()
+    assert text == theirs.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "Sequence", "decoders": [FUSE, REPLACE]},
+        {"type": "Sequence", "decoders": [FALLBACK, REPLACE]},
+        {"type": "Sequence", "decoders": [strip(1), FALLBACK, FUSE]},
+        {"type": "Sequence", "decoders": [FUSE, {**strip(1), "content": "a"}]},
+        {"type": "Sequence", "decoders": [FUSE, {**strip(1), "stop": 1}]},
+        {"type": "Sequence", "decoders": [{**REPLACE, "pattern": {"Regex": "a+"}}]},
+        {"type": "Sequence", "decoders": []},
+    ],
+)
+def test_a_decoder_that_cannot_be_streamed_is_refused(
+    decoder: dict[str, Any], directory_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     document = document_of(directory_of("gpt2"))
-    document["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    document["decoder"] = decoder
     document["normalizer"] = {"type": "Lowercase"}
-    with pytest.raises(TokenizerFileError, match="WordPiece"):
+    with pytest.raises(TokenizerFileError, match="decoder"):
         load_tokenizer(write(tmp_path, document))
 
 
@@ -316,6 +393,46 @@ def test_converted_or_refused_never_wrong(data: st.DataObject) -> None:
 # --- added tokens ---
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    words=st.sets(st.text("ab<|", min_size=1, max_size=5), max_size=12),
+    text=st.text("ab<|", max_size=30),
+)
+def test_the_longest_word_is_found_as_among_all_in_turn(words: set[str], text: str) -> None:
+    in_turn = "|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)"
+    assert re.findall(longest_of(words), text) == re.findall(in_turn, text)
+
+
+def test_words_that_begin_one_another_a_thousand_times_are_found() -> None:
+    words = ["x" * size for size in range(1, 2001)]
+    match = re.match(longest_of(words), "x" * 1999 + "y")
+    assert match is not None
+    assert match.end() == 1999
+
+
+@pytest.mark.parametrize(
+    ("content", "template", "expected"),
+    [
+        ("<think>", "", True),
+        ("<｜Assistant｜>", "", True),
+        ("[INST]", "", True),
+        ("<0x0A>", "", True),
+        ("### Response:", "", True),
+        ("Response:", "", False),
+        ("Response:", "{{ '\\nResponse:' }}", True),
+        ("Zürich", "", False),
+        ("Zürich", "{{ 'Zürich' }}", True),
+        ("😀", "", False),
+        ("...", "", False),
+        ("\n\n", "\n\n", False),
+        ("▁▁", "▁▁", False),
+        ("", "", False),
+    ],
+)
+def test_which_added_tokens_are_markup(content: str, template: str, expected: bool) -> None:
+    assert is_markup(content, template) is expected
+
+
 def test_added_tokens_leftmost_then_longest_with_their_flags() -> None:
     tokens = AddedTokens(
         [
@@ -354,12 +471,13 @@ def test_added_tokens_are_found_as_the_library_finds_them(parts: list[str]) -> N
 
 def test_ids_outside_the_vocabulary_are_named(loaded: Load) -> None:
     vocabulary = loaded("gpt2").encoding.vocabulary
-    for bad in (-1, len(vocabulary.tokens), 2**32 - 1):
+    for bad in (-1, len(vocabulary.spelling.tokens), 2**32 - 1):
         with pytest.raises(UnknownTokenIdError, match=str(bad)):
-            vocabulary.to_bytes([0, bad, 1], skip_special=True)
-    assert vocabulary.to_bytes([], skip_special=True) == b""
+            vocabulary.check([0, bad, 1])
+    assert decode(vocabulary, []) == ""
 
 
 def test_the_library_is_told_why(directory_of: Callable[[str], Path]) -> None:
     document = document_of(directory_of("gpt2"))
-    assert LibraryEncoding(document, "because").info.reason == "because"
+    encoding = LibraryEncoding(document, read_added_tokens(document), "because")
+    assert encoding.info.reason == "because"

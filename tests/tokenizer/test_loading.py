@@ -11,6 +11,7 @@ from nanoinfer_tokenizer.loading import RankFileOptions, load_tokenizer
 from nanoinfer_tokenizer.patterns import PATTERNS
 from transformers import PreTrainedTokenizerFast
 
+from tests.tokenizer.conftest import decode
 from tests.tokenizer.test_encodings import corpus
 from tests.tokenizer.tiny_tokenizers import make_tokenizer, train
 
@@ -20,7 +21,7 @@ Directories = Callable[[str], Path]
 def write_ranks(path: Path) -> Path:
     """Writes the ranks of the tiny GPT-2 tokenizer."""
     encoding = load_tokenizer(path).encoding
-    tokens = encoding.vocabulary.tokens[:-1]
+    tokens = encoding.vocabulary.spelling.tokens[:-1]
     lines = [f"{base64.b64encode(data).decode()} {rank}" for rank, data in enumerate(tokens)]
     file = path / "vocabulary.tiktoken"
     file.write_text("\n".join(lines) + "\n")
@@ -227,18 +228,60 @@ def test_what_is_put_around_a_text(
     assert load_tokenizer(model).frame == Frame(prefix, suffix)
 
 
-@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
-@pytest.mark.parametrize("eos", [{}, {"add_eos_token": True}, {"add_eos_token": False}])
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("eos", [None, True, False])
 @pytest.mark.parametrize("family", ["qwen2", "llama3"])
-def test_the_post_processor_decides_what_is_put_around_a_text_whatever_the_flags(
-    flags: dict[str, bool], eos: dict[str, bool], family: str, tmp_path: Path
+def test_flags_decide_what_is_put_around_a_text_and_unset_ones_leave_it(
+    bos: bool | None, eos: bool | None, family: str, tmp_path: Path
 ) -> None:
     make_tokenizer(tmp_path, family)
     config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | flags | eos))
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    flags = {"add_bos_token": bos, "add_eos_token": eos}
+    config.write_text(json.dumps(json.loads(config.read_text()) | flags))
+    # What transformers does with flags given as arguments, an unset one filled in.
+    unset = {"add_bos_token": family == "llama3", "add_eos_token": False}
+    given = {name: unset[name] if flag is None else flag for name, flag in flags.items()}
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path, **given)
     ours = load_tokenizer(tmp_path)
     assert ours.frame.around(ours.encoding.encode("Hi")) == theirs.encode("Hi")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"add_bos_token": "yes"}, "no true or false"),
+        ({"add_bos_token": True, "bos_token": "<nowhere>"}, "<nowhere>"),
+    ],
+)
+def test_flags_that_cannot_be_followed_are_refused(
+    change: dict[str, Any], reason: str, model: Path
+) -> None:
+    (model / "tokenizer_config.json").write_text(json.dumps(change))
+    with pytest.raises(TokenizerFileError, match=reason):
+        load_tokenizer(model)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_deeply_nested_files_are_refused(name: str, whole: bool, model: Path) -> None:
+    deep = "[" * 200_000 + "]" * 200_000
+    text = deep if whole else '{"model": ' + deep + ', "chat_template": ' + deep + "}"
+    (model / name).write_text(text)
+    with pytest.raises(TokenizerFileError, match=r"deep|cannot be read"):
+        load_tokenizer(model)
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        tokenizer_fingerprint(model)
+
+
+def test_deeply_nested_steps_are_refused(model: Path) -> None:
+    step: dict[str, Any] = {"type": "ByteLevel"}
+    for _ in range(300):
+        step = {"type": "Sequence", "decoders": [step]}
+    file = model / "tokenizer.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"decoder": step, "normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(TokenizerFileError):
+        load_tokenizer(model)
 
 
 def test_every_pattern_takes_every_character(tmp_path: Path) -> None:
@@ -250,5 +293,4 @@ def test_every_pattern_takes_every_character(tmp_path: Path) -> None:
     everything = "".join(map(chr, codes))
     for pattern in PATTERNS:
         encoding = load_tokenizer(ranks, RankFileOptions(pattern)).encoding
-        data = encoding.vocabulary.to_bytes(encoding.encode(everything), skip_special=False)
-        assert data.decode() == everything
+        assert decode(encoding.vocabulary, encoding.encode(everything)) == everything

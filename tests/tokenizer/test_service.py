@@ -1,10 +1,11 @@
 """Every RPC over a real server: answers, limits, refusals, and what a hostile input must not do."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError, StartError, from_rpc_error
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.server import running
-from nanoinfer_tokenizer.loading import LoadedTokenizer
+from nanoinfer_gateway.upstreams import Tokenizer as GatewaysTokenizer
+from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
 from nanoinfer_tokenizer.service import TokenizerService
 from nanoinfer_tokenizer.settings import TokenizerSettings
 from nanoinfer_tokenizer.streaming import StreamDecoder
@@ -31,8 +33,9 @@ MAX_CPU_SECONDS = 4.0  # of all threads, for 500,000 characters; measured: 1 to 
 class Served:
     """A running service, its stub and channel."""
 
-    def __init__(self, service: TokenizerService, channel: grpc.aio.Channel) -> None:
+    def __init__(self, service: TokenizerService, channel: grpc.aio.Channel, address: str) -> None:
         self.service = service
+        self.address = address
         self.channel = channel
         self.stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
         self.registry: CollectorRegistry = service.registry
@@ -59,7 +62,7 @@ async def serve(directory_of: Callable[[str], Path]) -> AsyncIterator[Serve]:
 
             server = await stack.enter_async_context(running(factory, settings))
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
-            return Served(made[0], channel)
+            return Served(made[0], channel, server.address)
 
         yield start
 
@@ -117,6 +120,19 @@ async def test_special_token_text_stays_plain(serve: Serve) -> None:
     stub = (await serve("qwen2")).stub
     response = await stub.Encode(pb.TokenizerServiceEncodeRequest(text="a<|im_end|>b"))
     assert not {700, 701, 702} & set(response.tokens.ids)
+
+
+async def test_special_token_text_is_the_token_where_asked(serve: Serve) -> None:
+    stub = (await serve("qwen3")).stub
+    text, expected = "a<|im_end|>b<think>", [702, 703]
+    one = await stub.Encode(pb.TokenizerServiceEncodeRequest(text=text, parse_special_tokens=True))
+    batch = await stub.EncodeBatch(
+        pb.TokenizerServiceEncodeBatchRequest(texts=[text], parse_special_tokens=True)
+    )
+    assert [i for i in one.tokens.ids if i >= 700] == expected
+    assert list(batch.tokens) == [one.tokens]
+    plain = await stub.Encode(pb.TokenizerServiceEncodeRequest(text=text))
+    assert max(plain.tokens.ids) < 700
 
 
 async def test_an_empty_text_is_refused(serve: Serve) -> None:
@@ -380,7 +396,7 @@ async def test_bytes_that_are_no_characters_become_replacements(
     serve: Serve, loaded: Callable[[str], LoadedTokenizer]
 ) -> None:
     stub = (await serve("gpt2")).stub
-    tokens = loaded("gpt2").encoding.vocabulary.tokens
+    tokens = loaded("gpt2").encoding.vocabulary.spelling.tokens
     request = pb.TokenizerServiceDecodeRequest(
         tokens=ids(tokens.index(b"a"), tokens.index(b"\xf0"), tokens.index(b"b"))
     )
@@ -414,7 +430,7 @@ async def test_a_stream_gives_whole_characters(
     serve: Serve, loaded: Callable[[str], LoadedTokenizer]
 ) -> None:
     served = await serve("gpt2")
-    tokens = loaded("gpt2").encoding.vocabulary.tokens
+    tokens = loaded("gpt2").encoding.vocabulary.spelling.tokens
     data = "aé😀".encode() + b"\xe4\xbd"
     call = served.stub.DecodeStream()
     answers = []
@@ -483,9 +499,46 @@ async def test_the_vocabulary_comes_whole_and_in_order(
         special.update(run.special_token_ids)
         num_runs += 1
     vocabulary = loaded("llama3").encoding.vocabulary
-    assert tuple(tokens) == vocabulary.tokens
+    assert tuple(tokens) == vocabulary.spelling.tokens
     assert special == set(vocabulary.special)
     assert num_runs == 8
+
+
+async def test_a_gateway_learns_the_whole_spelling(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoinfer_tokenizer.service._VOCABULARY_RUN", 50)
+    pieces = ["<s>", "▁a", "b", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    steps = [
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 2, "stop": 0},
+    ]
+    document = {
+        "version": "1.0",
+        "added_tokens": [special_token(0, "<s>")],
+        "model": {"type": "BPE", "vocab": {p: i for i, p in enumerate(pieces)}, "merges": []},
+        "decoder": {"type": "Sequence", "decoders": steps},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    served = await serve(tmp_path)
+    await served.stub.Decode(pb.TokenizerServiceDecodeRequest(tokens=ids(1)))
+    tokenizer = GatewaysTokenizer(served.address, 10.0, lambda _: nullcontext())
+    try:
+        learnt = await tokenizer.vocabulary()
+    finally:
+        await tokenizer.close()
+    spelling = load_tokenizer(tmp_path).encoding.vocabulary.spelling
+    assert learnt.spelling == spelling
+    assert (len(spelling.byte_ids), spelling.strip_leading_spaces) == (256, 2)
+    assert spelling.first_tokens == {1: b"a", 3: b""}
+    assert learnt.special_texts == {b"<s>": 0}
+
+
+def special_token(token_id: int, content: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": content, "special": True, **flags}
 
 
 async def test_the_tokenizers_description(

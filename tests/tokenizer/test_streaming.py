@@ -4,11 +4,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanoinfer_common.detokenize import Spelling
 from nanoinfer_tokenizer.encodings import UnknownTokenIdError, Vocabulary
 from nanoinfer_tokenizer.loading import LoadedTokenizer
 from nanoinfer_tokenizer.streaming import StreamDecoder
 
-BYTES = Vocabulary(tuple(bytes([byte]) for byte in range(256)), {})
+BYTES = Vocabulary(Spelling(tuple(bytes([byte]) for byte in range(256))), {})
 
 
 @settings(max_examples=300, deadline=None)

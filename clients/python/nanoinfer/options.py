@@ -69,6 +69,7 @@ class Options(CallOptions, total=False):
     grammar: Annotated[str | None, "Shape", "Grammar in Lark form."]
     choices: Annotated[Sequence[str] | None, "Shape", "String that the output may be."]
     model: Annotated[str | None, "Request", "Name of the served model."]
+    parse_special_tokens: Annotated[bool | None, "Request", "Special tokens in a prompt's text."]
     truncate_prompt_tokens: Annotated[int | None, "Request", "Keep this many last prompt ids."]
     cache_salt: Annotated[str | None, "Request", "Separates prefix-cache entries."]
 

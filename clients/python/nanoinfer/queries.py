@@ -85,6 +85,11 @@ def server_info(settings: CallOptions) -> Query[ServerInfo]:
 def _generation(
     method: str, kind: Callable[..., ProtoMessage], prompt: Mapping[str, Any], settings: Options
 ) -> Query[Completion]:
+    parses = settings.get("parse_special_tokens")
+    if parses is not None:
+        if "messages" in prompt:
+            raise TypeError("parse_special_tokens is for prompts, not for conversations")
+        prompt = {**prompt, "parse_special_tokens": parses}
     request = kind(**prompt, options=options.generation_options(settings))
     return Query(method, request, settings, completion)
 

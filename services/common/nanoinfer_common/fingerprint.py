@@ -42,7 +42,7 @@ def tokenizer_fingerprint(path: Path) -> bytes | None:
     try:
         document = _ranks(file) if file.suffix == ".tiktoken" else _tokenizer_json(file)
         document |= {"format": FORMAT, **_companions(file.parent)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a tokenizer: {error!r}") from error
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode("ascii")).digest()

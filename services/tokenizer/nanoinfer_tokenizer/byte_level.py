@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import tiktoken
+from nanoinfer_common.detokenize import Spelling
 from tokenizers import models, normalizers
 
+from nanoinfer_tokenizer.decoders import read_vocabulary
 from nanoinfer_tokenizer.document import (
     Document,
-    build_vocabulary,
+    build_table,
     byte_level_bytes,
     flatten,
-    read_added_tokens,
     read_merges,
 )
 from nanoinfer_tokenizer.encodings import (
@@ -55,12 +56,12 @@ class ByteLevelEncoding:
 
     def __init__(self, spec: ByteLevelSpec) -> None:
         """Builds tiktoken's tables from `spec`."""
-        special = [token for token in spec.added_tokens if token.special]
-        plain = [token for token in spec.added_tokens if not token.special]
+        control = [token for token in spec.added_tokens if token.control]
+        plain = [token for token in spec.added_tokens if not token.control]
         self.info = spec.info
         self.vocabulary = spec.vocabulary
-        self.special = AddedTokens(special)
-        self._raw = AddedTokens([token for token in plain if not token.normalized], hidden=special)
+        self.control = AddedTokens(control)
+        self._raw = AddedTokens([token for token in plain if not token.normalized], hidden=control)
         self._normalized = AddedTokens([token for token in plain if token.normalized])
         self._nfc = spec.nfc
         self._encode_ordinary = tiktoken.Encoding(
@@ -88,30 +89,29 @@ class ByteLevelEncoding:
         return token_ids
 
 
-def spec_from_document(document: Document) -> ByteLevelSpec:
+def spec_from_document(document: Document, added_tokens: Sequence[AddedToken]) -> ByteLevelSpec:
     """Reads a `tokenizer.json`. Raises `UnrepresentableError` or `TokenizerFileError`."""
     model = document["model"]
     _check_model(model)
-    added_tokens = read_added_tokens(document)
-    if any(token.single_word and not token.special for token in added_tokens):
+    if any(token.single_word and not token.control for token in added_tokens):
         raise UnrepresentableError("an added token matches whole words only")
     pattern = _read_pattern(document)
     normalizer = [step.get("type") for step in flatten(document.get("normalizer"), "normalizers")]
     if normalizer not in ([], ["NFC"]):
         raise UnrepresentableError(f"normalizer {normalizer} is not NFC")
-    special = {token.content for token in added_tokens if token.special}
-    pieces = {piece: token_id for piece, token_id in model["vocab"].items() if piece not in special}
+    control = {token.content for token in added_tokens if token.control}
+    pieces = {piece: token_id for piece, token_id in model["vocab"].items() if piece not in control}
     ranks = convert_ranks(
         pieces, read_merges(model), ignore_merges=bool(model.get("ignore_merges"))
     )
-    table = {
-        token_id: byte_level_bytes(piece) or piece.encode() for piece, token_id in pieces.items()
-    }
+    # A byte-level file may leave its decoder out; there is only one that fits.
+    decoder = document.get("decoder") or {"type": "ByteLevel"}
+    texts = {token_id: piece for piece, token_id in pieces.items()}
     return ByteLevelSpec(
         pattern=pattern,
         ranks=ranks,
         added_tokens=added_tokens,
-        vocabulary=build_vocabulary(table, added_tokens),
+        vocabulary=read_vocabulary({"decoder": decoder}, texts, added_tokens),
         info=EncodingInfo("tiktoken", f"byte-level BPE, pattern {pattern}"),
         nfc=bool(normalizer),
     )
@@ -125,11 +125,14 @@ def spec_from_ranks(
         raise TokenizerFileError("a rank file needs all 256 bytes, and each rank once")
     first = max(ranks.values()) + 1
     added = [AddedToken(first + index, text) for index, text in enumerate(special_tokens)]
+    special = {token.id: token.content for token in added}
+    table = {rank: data for data, rank in ranks.items()}
+    table |= {token_id: text.encode() for token_id, text in special.items()}
     return ByteLevelSpec(
         pattern=pattern,
         ranks=ranks,
         added_tokens=added,
-        vocabulary=build_vocabulary({rank: data for data, rank in ranks.items()}, added),
+        vocabulary=Vocabulary(Spelling(build_table(table)), special),
         info=EncodingInfo("tiktoken", f"rank file, pattern {pattern}"),
     )
 

@@ -1,4 +1,4 @@
-"""Conversations to rendered text, in which no message can forge a special token."""
+"""Conversations to rendered text, in which no message can forge a control token."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,11 @@ from nanoinfer_tokenizer.template_process import (
     TemplateProcesses,
     TemplateRefusedError,
 )
-from nanoinfer_tokenizer.template_worker import template_environment
+from nanoinfer_tokenizer.template_worker import ChatEnvironment
 
 # Roles that a template may handle without naming them.
 _COMMON_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_MAX_TEMPLATE = 1 << 20  # characters; real ones have some ten thousand
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
@@ -47,13 +48,8 @@ class ChatRenderer:
 
     def __init__(self, template: str, loaded: LoadedTokenizer, limits: TemplateLimits) -> None:
         """Compiles `template`. Raises `TokenizerFileError` where that fails."""
-        try:
-            tree = template_environment().parse(template)
-        except TemplateSyntaxError as error:
-            raise TokenizerFileError(f"the chat template does not compile: {error}") from error
-        special = loaded.encoding.vocabulary.special.values()
-        self._roles = _COMMON_ROLES.union(_compared_words(tree))
-        self._guard = ContentGuard(special, _literals(tree))
+        self._roles = _COMMON_ROLES.union(_compared_words(_parse(template)))
+        self._guard = ContentGuard(loaded.encoding.control.tokens, template)
         self._processes = TemplateProcesses(template, loaded.template_tokens, limits)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> RenderedChat:
@@ -69,7 +65,8 @@ class ChatRenderer:
                     for message, content in zip(messages, protected.texts, strict=True)
                 ],
                 "add_generation_prompt": add_generation_prompt,
-            }
+            },
+            protected.stand_ins,
         )
         return RenderedChat(rendered, protected.restore)
 
@@ -78,10 +75,18 @@ class ChatRenderer:
         self._processes.close()
 
 
-def _literals(tree: nodes.Template) -> Iterator[str]:
-    for constant in tree.find_all(nodes.Const):
-        if isinstance(constant.value, str):
-            yield constant.value
+def _parse(template: str) -> nodes.Template:
+    """Reads `template`. Raises `TokenizerFileError` where it is too big, too deep or wrong."""
+    if len(template) > _MAX_TEMPLATE:
+        raise TokenizerFileError(
+            f"the chat template has {len(template)} characters, more than {_MAX_TEMPLATE}"
+        )
+    try:
+        return ChatEnvironment().parse(template)
+    except TemplateSyntaxError as error:
+        raise TokenizerFileError(f"the chat template does not compile: {error}") from error
+    except RecursionError as error:
+        raise TokenizerFileError("the chat template is nested too deep") from error
 
 
 def _compared_words(tree: nodes.Template) -> Iterator[str]:

@@ -1,14 +1,14 @@
 """The parts of a Hugging Face `tokenizer.json` that both backends read the same way."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from nanoinfer_tokenizer.encodings import AddedToken, Frame, TokenizerFileError, Vocabulary
+from nanoinfer_tokenizer.encodings import AddedToken, Frame, TokenizerFileError, is_markup
 
 Document = Mapping[str, Any]
 
-SPACE_SIGN = "\u2581"  # how SentencePiece writes a space
+_ADDED_FIELDS = ("id", "content", "special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 def _byte_characters() -> dict[int, int]:
@@ -23,7 +23,6 @@ def _byte_characters() -> dict[int, int]:
 
 
 _BYTE_OF = _byte_characters()
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_level_bytes(piece: str) -> bytes | None:
@@ -32,13 +31,6 @@ def byte_level_bytes(piece: str) -> bytes | None:
         return piece.translate(_BYTE_OF).encode("latin-1")
     except UnicodeEncodeError:
         return None
-
-
-def spelled_bytes(piece: str) -> bytes:
-    """Gives the bytes of a SentencePiece-style piece: `<0x0A>` is a byte, `SPACE_SIGN` a space."""
-    if match := _BYTE_PIECE.fullmatch(piece):
-        return bytes.fromhex(match[1])
-    return piece.replace(SPACE_SIGN, " ").encode()
 
 
 def flatten(part: Document | None, children: str) -> list[Document]:
@@ -50,14 +42,17 @@ def flatten(part: Document | None, children: str) -> list[Document]:
     return [step for child in part[children] for step in flatten(child, children)]
 
 
-def read_added_tokens(document: Document) -> list[AddedToken]:
-    """Reads `added_tokens`. Raises `TokenizerFileError` for an entry of another form."""
-    fields = AddedToken.__slots__
+def read_added_tokens(document: Document, template: str = "") -> list[AddedToken]:
+    """Reads `added_tokens`; `template` is the chat template, which may make markup of them.
+
+    Raises `TokenizerFileError` for an entry of another form.
+    """
     try:
-        return [
-            AddedToken(**{name: entry[name] for name in fields if name in entry})
+        tokens = [
+            AddedToken(**{name: entry[name] for name in _ADDED_FIELDS if name in entry})
             for entry in document.get("added_tokens") or ()
         ]
+        return [replace(token, markup=is_markup(token.content, template)) for token in tokens]
     except (TypeError, KeyError, AttributeError) as error:
         raise TokenizerFileError("added_tokens has an entry of unknown form") from error
 
@@ -95,19 +90,14 @@ def _template_frame(step: Document) -> tuple[list[int], list[int]]:
     return before, after
 
 
-def build_vocabulary(tokens: Mapping[int, bytes], added_tokens: Iterable[AddedToken]) -> Vocabulary:
-    """Lays out the byte table; an added token's bytes are those of its text."""
-    table = dict(tokens)
-    added = list(added_tokens)
-    table.update({token.id: token.content.encode() for token in added})
-    if not table or min(table) < 0:
+def build_table(tokens: Mapping[int, bytes]) -> tuple[bytes, ...]:
+    """Lays tokens out by id, with nothing for an id without a token."""
+    if not tokens or min(tokens) < 0:
         raise TokenizerFileError("the vocabulary is empty or has a negative id")
-    if max(table) >= 4 * len(table) + 1024:
-        raise TokenizerFileError(f"the vocabulary has {len(table)} tokens but ids to {max(table)}")
-    return Vocabulary(
-        tokens=tuple(table.get(token_id, b"") for token_id in range(max(table) + 1)),
-        special={token.id: token.content for token in added if token.special},
-    )
+    num_tokens, last = len(tokens), max(tokens)
+    if last >= 4 * num_tokens + 1024:
+        raise TokenizerFileError(f"the vocabulary has {num_tokens} tokens but ids to {last}")
+    return tuple(tokens.get(token_id, b"") for token_id in range(max(tokens) + 1))
 
 
 def read_merges(model: Document) -> list[tuple[str, str]]:

@@ -1,16 +1,18 @@
 """What every encoding offers, and the parts that both of them share.
 
-An encoding turns text into ids. Text given to `encode` never yields a special token; only
-`encode_with_special`, meant for rendered chat templates, does. Added tokens are found as the
+An encoding turns text into ids. Text given to `encode` never yields a control token; only
+`encode_with_control`, meant for rendered chat templates, does. Added tokens are found as the
 `tokenizers` library finds them: leftmost, then longest, before any piece reaches the model.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
-from nanoinfer_tokenizer.alternation import longest_of
+from nanoinfer_common.detokenize import Spelling
 
 # The Unicode property White_Space; Python's \s and strip() would take U+001C to U+001F too.
 _WHITE_SPACE = (
@@ -19,6 +21,7 @@ _WHITE_SPACE = (
 )
 _NO_WHITE_SPACE = re.compile(f"[^{_WHITE_SPACE}]")
 _RUN = 16_384  # characters that one call into C looks at: about a millisecond
+_MAX_BRANCHING = 64  # levels of a pattern; the regular expression compiler recurses
 
 
 class TokenizerFileError(ValueError):
@@ -36,7 +39,10 @@ class UnknownTokenIdError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token matched in the text before the model sees it; `tokenizer.json` explains the flags."""
+    """A token matched in the text before the model sees it; `tokenizer.json` explains the flags.
+
+    `markup` is ours: the token structures a prompt, though the file does not call it special.
+    """
 
     id: int
     content: str
@@ -45,6 +51,25 @@ class AddedToken:
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+    markup: bool = False
+
+    @property
+    def control(self) -> bool:
+        """Whether plain text must never yield the token."""
+        return self.special or self.markup
+
+
+def is_markup(content: str, template: str) -> bool:
+    """Tells whether an added token structures prompts: the template uses it, or it looks so.
+
+    White space never does, and a word (a language's own, added for its text) only where the
+    template has it. What has a sign on both sides, such as `<think>`, always does.
+    """
+    core = content.strip(_WHITE_SPACE + "\u2581")
+    if not core:
+        return False
+    bracketed = not (core[0].isalnum() or core[-1].isalnum()) and any(map(str.isalnum, core))
+    return bracketed or content in template
 
 
 class AddedTokens:
@@ -52,16 +77,16 @@ class AddedTokens:
 
     def __init__(self, tokens: Iterable[AddedToken], hidden: Iterable[AddedToken] = ()) -> None:
         """Prepares the search; tokens without content are never found."""
-        self._tokens = {token.content: token for token in tokens if token.content}
-        contents = [*self._tokens, *(token.content for token in hidden)]
+        self.tokens = {token.content: token for token in tokens if token.content}
+        contents = {*self.tokens, *(token.content for token in hidden if token.content)}
         self._longest = max(map(len, contents), default=0)
         self._pattern = re.compile(longest_of(contents))
 
     def split(self, text: str) -> Iterator[str | int]:
         """Yields the non-empty runs of plain text and the ids between them, in order."""
         cursor = 0
-        for match in self._matches(text) if self._tokens else ():
-            token = self._tokens.get(match.group())
+        for match in self._matches(text) if self.tokens else ():
+            token = self.tokens.get(match.group())
             start, end = match.span()
             if token is None or start < cursor or (token.single_word and _in_word(text, match)):
                 continue
@@ -90,28 +115,56 @@ class AddedTokens:
                 position = match.end()
 
 
+def longest_of(words: Collection[str]) -> str:
+    """Gives a pattern that finds the longest of `words` at a place, however many there are.
+
+    It branches on one character after the other, so a place costs no more than the longest word.
+    """
+    return _branches(sorted(words), 0) if words else "(?!)"
+
+
+def _branches(words: Sequence[str], depth: int) -> str:
+    if depth == _MAX_BRANCHING:
+        return f"(?:{'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})"
+    parts = []
+    for _, same in groupby(filter(None, words), key=itemgetter(0)):
+        group = list(same)
+        shared = _num_shared(group[0], group[-1])  # sorted: the others share as much
+        rest = [word[shared:] for word in group]
+        parts.append(
+            re.escape(group[0][:shared]) + (_branches(rest, depth + 1) if any(rest) else "")
+        )
+    return f"(?:{'|'.join(parts)})" + ("" if all(words) else "?")
+
+
+def _num_shared(first: str, last: str) -> int:
+    differences = (i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1)
+    return next(differences, min(len(first), len(last)))
+
+
 def _in_word(text: str, match: re.Match[str]) -> bool:
     start, end = match.span()
     around = (text[max(start - 1, 0) : start], text[end : end + 1])
     return any(re.match(r"\w", neighbour) for neighbour in around)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Vocabulary:
-    """Raw bytes of every id; `b""` for an id without a token. `special` maps ids to their text."""
+    """How every id is spelled; `special` maps the ids of special tokens to their text."""
 
-    tokens: tuple[bytes, ...]
+    spelling: Spelling
     special: Mapping[int, str]
+    without_special: Spelling = field(init=False, repr=False, compare=False)
 
-    def to_bytes(self, token_ids: Sequence[int], *, skip_special: bool) -> bytes:
-        """Joins the bytes of `token_ids`. Raises `UnknownTokenIdError`."""
-        tokens = self.tokens
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < len(tokens):
-            raise UnknownTokenIdError(next(i for i in token_ids if not 0 <= i < len(tokens)))
-        if skip_special:
-            special = self.special
-            return b"".join([tokens[i] for i in token_ids if i not in special])
-        return b"".join([tokens[i] for i in token_ids])
+    def __post_init__(self) -> None:
+        """Prepares the spelling in which special tokens have no text."""
+        object.__setattr__(self, "without_special", self.spelling.without(self.special))
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Raises `UnknownTokenIdError` for an id outside the vocabulary."""
+        size = len(self.spelling.tokens)
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < size:
+            raise UnknownTokenIdError(next(i for i in token_ids if not 0 <= i < size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +199,8 @@ class Encoding(Protocol):
         """The byte table."""
 
     @property
-    def special(self) -> AddedTokens:
-        """Finds special tokens; for rendered templates only."""
+    def control(self) -> AddedTokens:
+        """Finds control tokens; for rendered templates only."""
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Encodes plain text. `continues` says that something stood before it in the input."""
@@ -159,17 +212,17 @@ def translated(text: str, table: Mapping[int, int]) -> str:
     return "".join([text[start : start + _RUN].translate(table) for start in starts])
 
 
-def encode_with_special(
+def encode_with_control(
     encoding: Encoding, text: str, restore: Mapping[int, int] | None = None
 ) -> list[int]:
-    """Encodes a rendered template, in which special-token text means the token.
+    """Encodes a rendered template, in which a control token's text means the token.
 
-    `restore` maps characters that stand for others (see `guard`) back, after the special tokens
+    `restore` maps characters that stand for others (see `guard`) back, after the control tokens
     have been found: what they stand for can no longer become part of one.
     """
     token_ids: list[int] = []
     continues = False
-    for part in encoding.special.split(text):
+    for part in encoding.control.split(text):
         if isinstance(part, int):
             token_ids.append(part)
         else:

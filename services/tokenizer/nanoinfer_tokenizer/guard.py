@@ -1,87 +1,77 @@
-"""Keeps what users say from turning into special tokens.
+"""Keeps what users say from turning into control tokens.
 
-Before a template sees a message, the character with which a special token would start is replaced
-by a private-use character of equal length. The template renders it like any other; special tokens
-are then looked for in the rendered text, where only the template's own can be found; only after
-that are the characters put back and encoded as plain text.
+Before a template sees a message, every character with which a control token could start is replaced
+by a private-use character, a stand-in. The template renders it like any other; control tokens are
+then looked for in the rendered text, where only the template's own can be found; only after that
+are the characters put back and encoded as plain text.
 
-A template may look into a message (`'</think>' in content`). So a character that is part of one of
-the template's own literals is left alone, unless a special token could start there.
+A template may look into a message (`'</think>' in content`). The process that renders it looks
+through the stand-ins (see `template_worker`), so it sees what was written.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nanoinfer_tokenizer.encodings import longest_of
 
 # The private-use planes, then planes without a character: more than any text has characters.
 _STAND_INS = range(0x10FFFF, 0x40000, -1)
-_NEVER = r"(?!)"
-
-_Finder = Callable[[str], Iterator[re.Match[str]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """Texts that are safe to render, and the table that `str.translate` puts them back with."""
+    """Texts that are safe to render, and what each stand-in in them stands for."""
 
     texts: Sequence[str]
-    restore: Mapping[int, int]
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def restore(self) -> Mapping[int, int]:
+        """The table with which `str.translate` puts the characters back."""
+        return {ord(stand_in): ord(key) for stand_in, key in self.stand_ins.items()}
 
 
 class ContentGuard:
-    """Protects texts against a fixed set of special tokens."""
+    """Protects texts against a fixed set of control tokens, in time that grows with the texts."""
 
-    def __init__(self, special_tokens: Iterable[str], literals: Iterable[str]) -> None:
-        """Takes the special tokens' texts and the template's string literals."""
-        tokens = sorted({token for token in special_tokens if token}, key=len, reverse=True)
+    def __init__(self, control_tokens: Iterable[str], template: str) -> None:
+        """Takes the control tokens' texts and the template's source, whose characters stay free."""
+        tokens = {token for token in control_tokens if token}
+        self._signs = sorted({_key(token)[1] for token in tokens if _is_sign(_key(token)[1])})
         # A letter or a space that a template might trim or change the case of is replaced only
-        # where the whole token follows.
-        starts = {token[0] for token in tokens if _is_sign(token[0])}
-        self._keys = sorted(starts | {_key(token)[1] for token in tokens})
-        self._whole = _everywhere(tokens)
-        self._kept = list(_kept_places(starts, tokens, literals))
-        self._start = re.compile("|".join(map(re.escape, starts)) or _NEVER)
-        self._suspect = re.compile("|".join(map(re.escape, [*starts, *tokens])) or _NEVER)
+        # where the whole token follows; a look-ahead finds tokens that overlap, too.
+        words = {token for token in tokens if not _is_sign(_key(token)[1])}
+        self._places = {token: _key(token)[0] for token in words}
+        self._keys = sorted({_key(token)[1] for token in words} | set(self._signs))
+        self._words = re.compile(f"(?=({longest_of(words)}))")
+        self._reserved = frozenset(template)
 
     def protect(self, texts: Sequence[str]) -> Protected:
-        """Replaces what could start a special token in any of `texts`."""
-        suspects = [bool(self._suspect.search(text)) for text in texts]
-        if not any(suspects):
-            return Protected(texts, {})
-        taken = {ord(character) for text in texts for character in set(text)}
-        free = (code for code in _STAND_INS if code not in taken)
-        stand_ins = {key: chr(next(free)) for key in self._keys}
-        safe = [
-            self._replace(text, stand_ins) if suspect else text
-            for text, suspect in zip(texts, suspects, strict=True)
-        ]
-        return Protected(safe, {ord(stand_in): ord(key) for key, stand_in in stand_ins.items()})
+        """Replaces what could start a control token in any of `texts`."""
+        if not any(map(self._is_suspect, texts)):
+            return Protected(texts)
+        taken = self._reserved.union(*texts)
+        free = (chr(code) for code in _STAND_INS if chr(code) not in taken)
+        stand_in_of = {key: next(free) for key in self._keys}
+        safe = [self._replace(text, stand_in_of) for text in texts]
+        return Protected(safe, {stand_in: key for key, stand_in in stand_in_of.items()})
 
-    def _replace(self, text: str, stand_ins: Mapping[str, str]) -> str:
-        starts = {match.start() for match in self._start.finditer(text)}
-        keep = {match.start() + place for literal, place in self._kept for match in literal(text)}
-        whole = {match.start() + _key(match[1])[0] for match in self._whole(text)}
-        characters = list(text)
-        for place in (starts - keep) | whole:
-            characters[place] = stand_ins[characters[place]]
-        return "".join(characters)
+    def _is_suspect(self, text: str) -> bool:
+        if any(sign in text for sign in self._signs):
+            return True
+        return bool(self._places) and self._words.search(text) is not None
 
-
-def _kept_places(
-    starts: set[str], tokens: Sequence[str], literals: Iterable[str]
-) -> Iterator[tuple[_Finder, int]]:
-    """Finds where in a literal a token's first character cannot start a token."""
-    for literal in set(literals):
-        for place, character in enumerate(literal):
-            rest = literal[place:]
-            harmless = not any(rest.startswith(token) or token.startswith(rest) for token in tokens)
-            if character in starts and harmless:
-                yield _everywhere([literal]), place
-
-
-def _everywhere(texts: Sequence[str]) -> _Finder:
-    """Finds every place where one of `texts` stands, overlapping ones too."""
-    return re.compile(f"(?=({'|'.join(map(re.escape, texts)) or _NEVER}))").finditer
+    def _replace(self, text: str, stand_in_of: Mapping[str, str]) -> str:
+        if self._places:
+            characters = list(text)
+            for match in self._words.finditer(text):
+                place = match.start() + self._places[match[1]]
+                characters[place] = stand_in_of[text[place]]
+            text = "".join(characters)
+        for sign in self._signs:
+            text = text.replace(sign, stand_in_of[sign])
+        return text
 
 
 def _is_sign(character: str) -> bool:

@@ -17,7 +17,6 @@ from nanoinfer_common.json_files import (
     is_lfs_pointer,
     lfs_message,
     read_object,
-    read_optional_object,
 )
 from nanoinfer_common.model_paths import model_name, unservable
 
@@ -27,7 +26,7 @@ from nanoinfer_tokenizer.byte_level import (
     spec_from_document,
     spec_from_ranks,
 )
-from nanoinfer_tokenizer.document import read_frame
+from nanoinfer_tokenizer.document import read_added_tokens, read_frame
 from nanoinfer_tokenizer.encodings import Encoding, Frame, TokenizerFileError
 from nanoinfer_tokenizer.library import LibraryEncoding
 from nanoinfer_tokenizer.patterns import RANK_FILE_SPECIAL_TOKENS
@@ -74,19 +73,23 @@ def load_tokenizer(
         if rank_file is not None:
             raise TokenizerFileError(f"{file.name} brings its own pattern and special tokens")
         document = read_object(file)
-        frame = read_frame(document)
-        return _with_neighbours(path, file, _load_document(document), frame, model or path)
+        template = _chat_template(file.parent, _read_config(file.parent))
+        encoding, frame = _load_document(document, template or ""), read_frame(document)
+        return _with_neighbours(path, file, encoding, frame, model or path)
     except TokenizerFileError:
         raise
+    except RecursionError as error:
+        raise TokenizerFileError(f"the tokenizer at {path} is nested too deep") from error
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise TokenizerFileError(f"the tokenizer at {path} cannot be read: {error!r}") from error
 
 
-def _load_document(document: Mapping[str, Any]) -> Encoding:
+def _load_document(document: Mapping[str, Any], template: str) -> Encoding:
+    added_tokens = read_added_tokens(document, template)
     try:
-        return ByteLevelEncoding(spec_from_document(document))
+        return ByteLevelEncoding(spec_from_document(document, added_tokens))
     except UnrepresentableError as reason:
-        return LibraryEncoding(document, str(reason))
+        return LibraryEncoding(document, added_tokens, str(reason))
 
 
 def _load_ranks(file: Path, options: RankFileOptions) -> Encoding:
@@ -133,17 +136,61 @@ def _with_neighbours(
 ) -> LoadedTokenizer:
     """Adds what the files beside `file` say."""
     directory = file.parent
-    config = read_optional_object(directory / "tokenizer_config.json")
+    config = _read_config(directory)
     named = {name: _token_text(value) for name, value in config.items() if name.endswith("_token")}
     tokens = {name: text for name, text in named.items() if isinstance(text, str)}
     return LoadedTokenizer(
         name=model_name(path),
         encoding=encoding,
-        frame=frame,
+        frame=_flagged(frame, config, encoding, tokens),
         eos_token_ids=eos_token_ids(model, file),
         chat_template=_chat_template(directory, config),
         template_tokens=tokens,
     )
+
+
+def _flagged(
+    frame: Frame, config: Mapping[str, Any], encoding: Encoding, tokens: Mapping[str, str]
+) -> Frame:
+    """Follows `add_bos_token` and `add_eos_token` where the config sets them.
+
+    Unset, a flag leaves the post-processor's word. A model that has no such token adds none.
+    """
+    prefix, suffix = frame.prefix, frame.suffix
+    if (adds_bos := _flag(config, "add_bos_token")) is not None:
+        bos = _token_ids(encoding, tokens.get("bos_token"), must_exist=adds_bos)
+        others = tuple(token_id for token_id in prefix if token_id not in bos)
+        prefix = bos + others if adds_bos else others
+    if (adds_eos := _flag(config, "add_eos_token")) is not None:
+        eos = _token_ids(encoding, tokens.get("eos_token"), must_exist=adds_eos)
+        others = tuple(token_id for token_id in suffix if token_id not in eos)
+        suffix = others + eos if adds_eos else others
+    return Frame(prefix, suffix)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerFileError(f"tokenizer_config.json has {name} = {value!r}, no true or false")
+    return value
+
+
+def _token_ids(encoding: Encoding, text: str | None, *, must_exist: bool) -> tuple[int, ...]:
+    """Finds the token that the config names; nothing where it names none."""
+    if text is None:
+        return ()
+    if token := encoding.control.tokens.get(text):
+        return (token.id,)
+    tokens = encoding.vocabulary.spelling.tokens
+    if (data := text.encode()) in tokens:
+        return (tokens.index(data),)
+    if must_exist:
+        raise TokenizerFileError(f"tokenizer_config.json adds {text!r}, which is no token")
+    return ()
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    return read_optional_object(directory / "tokenizer_config.json")
 
 
 def _token_text(value: Any) -> Any:

@@ -22,7 +22,7 @@ from nanoinfer_tokenizer.encodings import (
     Frame,
     TokenizerFileError,
     UnknownTokenIdError,
-    encode_with_special,
+    encode_with_control,
 )
 from nanoinfer_tokenizer.served import Served, load_served
 from nanoinfer_tokenizer.settings import TokenizerSettings
@@ -89,9 +89,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> pb.TokenizerServiceEncodeResponse:
         """Encodes one text."""
         checks.check_text(request.text, self._settings.max_characters)
-        (token_ids,) = await self._encode(
-            [request.text], checks.given_or(request, "add_special_tokens", True)
-        )
+        (token_ids,) = await self._encode([request.text], request)
         return pb.TokenizerServiceEncodeResponse(
             tokens=TokenIds(ids=token_ids), tokenizer_fingerprint=self._served.fingerprint
         )
@@ -102,9 +100,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         """Encodes several texts."""
         settings = self._settings
         checks.check_texts(request.texts, settings.max_batch_texts, settings.max_characters)
-        encoded = await self._encode(
-            list(request.texts), checks.given_or(request, "add_special_tokens", True)
-        )
+        encoded = await self._encode(list(request.texts), request)
         return pb.TokenizerServiceEncodeBatchResponse(
             tokens=[TokenIds(ids=token_ids) for token_ids in encoded],
             tokenizer_fingerprint=self._served.fingerprint,
@@ -172,17 +168,22 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request: pb.TokenizerServiceGetVocabularyRequest, context: Context
     ) -> AsyncIterator[pb.TokenizerServiceGetVocabularyResponse]:
         """Streams the vocabulary in runs of consecutive ids."""
-        tokens, special = self._served.vocabulary.tokens, self._served.vocabulary.special
+        special, spelling = self._served.vocabulary.special, self._served.vocabulary.spelling
+        tokens, first_tokens = spelling.tokens, spelling.first_tokens
         eos = TokenIds(ids=self._served.tokenizer.eos_token_ids)
         for first in range(0, len(tokens), _VOCABULARY_RUN):
             run = tokens[first : first + _VOCABULARY_RUN]
+            ids = range(first, first + len(run))
             yield pb.TokenizerServiceGetVocabularyResponse(
                 first_token_id=first,
                 tokens=run,
-                special_token_ids=sorted(i for i in special if first <= i < first + len(run)),
+                special_token_ids=[i for i in ids if i in special],
                 vocab_size=len(tokens),
                 tokenizer_fingerprint=self._served.fingerprint,
                 eos_token_ids=eos,
+                byte_token_ids=[i for i in ids if i in spelling.byte_ids],
+                first_tokens={i: first_tokens[i] for i in ids if i in first_tokens},
+                strip_leading_spaces=spelling.strip_leading_spaces,
             )
 
     async def GetTokenizerInfo(
@@ -192,7 +193,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
         served = self._served
         return pb.TokenizerServiceGetTokenizerInfoResponse(
             name=served.tokenizer.name,
-            vocab_size=len(served.vocabulary.tokens),
+            vocab_size=len(served.vocabulary.spelling.tokens),
             special_tokens=served.vocabulary.special,
             eos_token_ids=served.tokenizer.eos_token_ids,
             max_characters=self._settings.max_characters,
@@ -214,14 +215,22 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
             raise errors.unavailable(names.LOADING, "loading")
         return self._loaded
 
-    async def _encode(self, texts: Sequence[str], framed: bool) -> list[list[int]]:
+    async def _encode(
+        self,
+        texts: Sequence[str],
+        request: pb.TokenizerServiceEncodeRequest | pb.TokenizerServiceEncodeBatchRequest,
+    ) -> list[list[int]]:
         num_characters = sum(map(len, texts))
         telemetry.set_attributes({"nanoinfer.prompt.chars": num_characters})
         tokenizer = self._served.tokenizer
+        framed = checks.given_or(request, "add_special_tokens", True)
         frame = tokenizer.frame if framed else Frame()
+        to_ids = tokenizer.encoding.encode
+        if request.parse_special_tokens:
+            to_ids = partial(encode_with_control, tokenizer.encoding)
 
         def encode(text: str) -> list[int]:
-            return frame.around(tokenizer.encoding.encode(text))
+            return frame.around(to_ids(text))
 
         works = (partial(self._measure, partial(encode, text)) for text in texts)
         return await self._coding.run_all(works, num_characters)
@@ -255,7 +264,7 @@ class TokenizerService(tokenizer_pb2_grpc.TokenizerServiceServicer):
     def _encode_rendered(self, rendered: RenderedChat) -> list[int]:
         encoding = self._served.encoding
         return self._measure(
-            partial(encode_with_special, encoding, rendered.guarded, rendered.restore)
+            partial(encode_with_control, encoding, rendered.guarded, rendered.restore)
         )
 
     def _measure(self, encode: Callable[[], list[int]]) -> list[int]:

@@ -60,10 +60,16 @@ class TemplateProcesses:
         # On top: the first rendering finds a worker that is ready.
         self._idle.put(_Worker(self._setup))
 
-    def render(self, request: Mapping[str, Any]) -> str:
-        """Renders in an idle worker. Raises `TemplateRefusedError` or `TemplateTimeoutError`."""
+    def render(
+        self, variables: Mapping[str, Any], stand_ins: Mapping[str, str] | None = None
+    ) -> str:
+        """Renders in an idle worker, which looks through `stand_ins` (see `guard`).
+
+        Raises `TemplateRefusedError` or `TemplateTimeoutError`.
+        """
+        request = json.dumps({"variables": variables, "stand_ins": stand_ins or {}}).encode()
         with self._worker() as worker:
-            answer = worker.ask(json.dumps(request).encode(), self._limits.timeout_seconds)
+            answer = worker.ask(request, self._limits.timeout_seconds)
         if "refused" in answer:
             raise TemplateRefusedError(answer["refused"])
         if "text" not in answer:
@@ -104,7 +110,7 @@ class _Worker:
         try:
             answer = self.ask(setup, _START_SECONDS)
         except TemplateTimeoutError as error:
-            raise TokenizerFileError("the chat template could not be set up") from error
+            raise TokenizerFileError(f"the chat template could not be set up: {error}") from error
         if "error" in answer:
             self.kill()
             raise TokenizerFileError(f"the chat template does not compile: {answer['error']}")

@@ -9,12 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TokenizerServiceEncodeRequest(_message.Message):
-    __slots__ = ("text", "add_special_tokens")
+    __slots__ = ("text", "add_special_tokens", "parse_special_tokens")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     text: str
     add_special_tokens: bool
-    def __init__(self, text: _Optional[str] = ..., add_special_tokens: _Optional[bool] = ...) -> None: ...
+    parse_special_tokens: bool
+    def __init__(self, text: _Optional[str] = ..., add_special_tokens: _Optional[bool] = ..., parse_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class TokenizerServiceEncodeResponse(_message.Message):
     __slots__ = ("tokens", "tokenizer_fingerprint")
@@ -25,12 +27,14 @@ class TokenizerServiceEncodeResponse(_message.Message):
     def __init__(self, tokens: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., tokenizer_fingerprint: _Optional[bytes] = ...) -> None: ...
 
 class TokenizerServiceEncodeBatchRequest(_message.Message):
-    __slots__ = ("texts", "add_special_tokens")
+    __slots__ = ("texts", "add_special_tokens", "parse_special_tokens")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PARSE_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.RepeatedScalarFieldContainer[str]
     add_special_tokens: bool
-    def __init__(self, texts: _Optional[_Iterable[str]] = ..., add_special_tokens: _Optional[bool] = ...) -> None: ...
+    parse_special_tokens: bool
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., add_special_tokens: _Optional[bool] = ..., parse_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class TokenizerServiceEncodeBatchResponse(_message.Message):
     __slots__ = ("tokens", "tokenizer_fingerprint")
@@ -107,20 +111,33 @@ class TokenizerServiceGetVocabularyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TokenizerServiceGetVocabularyResponse(_message.Message):
-    __slots__ = ("first_token_id", "tokens", "special_token_ids", "vocab_size", "tokenizer_fingerprint", "eos_token_ids")
+    __slots__ = ("first_token_id", "tokens", "special_token_ids", "vocab_size", "tokenizer_fingerprint", "eos_token_ids", "byte_token_ids", "first_tokens", "strip_leading_spaces")
+    class FirstTokensEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: bytes
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[bytes] = ...) -> None: ...
     FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPECIAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BYTE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STRIP_LEADING_SPACES_FIELD_NUMBER: _ClassVar[int]
     first_token_id: int
     tokens: _containers.RepeatedScalarFieldContainer[bytes]
     special_token_ids: _containers.RepeatedScalarFieldContainer[int]
     vocab_size: int
     tokenizer_fingerprint: bytes
     eos_token_ids: _generation_pb2.TokenIds
-    def __init__(self, first_token_id: _Optional[int] = ..., tokens: _Optional[_Iterable[bytes]] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[bytes] = ..., eos_token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+    byte_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    first_tokens: _containers.ScalarMap[int, bytes]
+    strip_leading_spaces: int
+    def __init__(self, first_token_id: _Optional[int] = ..., tokens: _Optional[_Iterable[bytes]] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., tokenizer_fingerprint: _Optional[bytes] = ..., eos_token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ..., byte_token_ids: _Optional[_Iterable[int]] = ..., first_tokens: _Optional[_Mapping[int, bytes]] = ..., strip_leading_spaces: _Optional[int] = ...) -> None: ...
 
 class TokenizerServiceGetTokenizerInfoRequest(_message.Message):
     __slots__ = ()

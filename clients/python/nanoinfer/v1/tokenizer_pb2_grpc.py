@@ -82,8 +82,10 @@ class TokenizerServiceServicer:
     """
 
     def Encode(self, request, context):
-        """Encodes one text. Text that looks like a special token stays plain text. Too long a text is
-        INVALID_ARGUMENT (INPUT_TOO_LARGE).
+        """Encodes one text. Text of control tokens stays plain text unless `parse_special_tokens` is set.
+        Control tokens are the special ones and every added token that is markup: one that has a sign on
+        both sides, such as `<think>`, or that the chat template has; white space is none.
+        Too long a text is INVALID_ARGUMENT (INPUT_TOO_LARGE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,8 +99,8 @@ class TokenizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RenderChat(self, request, context):
-        """Renders a conversation with the operator's chat template and encodes it: the only place where
-        special tokens arise. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
+        """Renders a conversation with the operator's chat template and encodes it. Control tokens arise
+        from the template alone, never from what a message says. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
         where the template refuses the messages, INTERNAL (TEMPLATE_TIMEOUT) where it takes too long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -113,8 +115,9 @@ class TokenizerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DecodeStream(self, request_iterator, context):
-        """Decodes ids as they come. Each answer ends on a character boundary; what is incomplete waits,
-        and becomes U+FFFD when the client half-closes. State dies with the stream.
+        """Decodes ids as they come; all answers together are what `Decode` gives for all the ids. Each
+        answer ends on a character boundary; what later ids can change waits, and an incomplete
+        character becomes U+FFFD when the client half-closes. State dies with the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

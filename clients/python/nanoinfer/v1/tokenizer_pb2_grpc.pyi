@@ -36,21 +36,24 @@ class TokenizerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TokenizerServiceAsyncStub: ...
     Encode: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceEncodeRequest, _tokenizer_pb2.TokenizerServiceEncodeResponse]
-    """Encodes one text. Text that looks like a special token stays plain text. Too long a text is
-    INVALID_ARGUMENT (INPUT_TOO_LARGE).
+    """Encodes one text. Text of control tokens stays plain text unless `parse_special_tokens` is set.
+    Control tokens are the special ones and every added token that is markup: one that has a sign on
+    both sides, such as `<think>`, or that the chat template has; white space is none.
+    Too long a text is INVALID_ARGUMENT (INPUT_TOO_LARGE).
     """
     EncodeBatch: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceEncodeBatchRequest, _tokenizer_pb2.TokenizerServiceEncodeBatchResponse]
     """Encodes several texts, bounded in count and in total characters; all succeed or the call fails."""
     RenderChat: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceRenderChatRequest, _tokenizer_pb2.TokenizerServiceRenderChatResponse]
-    """Renders a conversation with the operator's chat template and encodes it: the only place where
-    special tokens arise. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
+    """Renders a conversation with the operator's chat template and encodes it. Control tokens arise
+    from the template alone, never from what a message says. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
     where the template refuses the messages, INTERNAL (TEMPLATE_TIMEOUT) where it takes too long.
     """
     Decode: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceDecodeRequest, _tokenizer_pb2.TokenizerServiceDecodeResponse]
     """Decodes ids. An id outside the vocabulary is INVALID_ARGUMENT."""
     DecodeStream: _grpc.StreamStreamMultiCallable[_tokenizer_pb2.TokenizerServiceDecodeStreamRequest, _tokenizer_pb2.TokenizerServiceDecodeStreamResponse]
-    """Decodes ids as they come. Each answer ends on a character boundary; what is incomplete waits,
-    and becomes U+FFFD when the client half-closes. State dies with the stream.
+    """Decodes ids as they come; all answers together are what `Decode` gives for all the ids. Each
+    answer ends on a character boundary; what later ids can change waits, and an incomplete
+    character becomes U+FFFD when the client half-closes. State dies with the stream.
     """
     GetVocabulary: _grpc.UnaryStreamMultiCallable[_tokenizer_pb2.TokenizerServiceGetVocabularyRequest, _tokenizer_pb2.TokenizerServiceGetVocabularyResponse]
     """Streams the whole vocabulary in id order."""
@@ -65,21 +68,24 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Encode: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceEncodeRequest, _tokenizer_pb2.TokenizerServiceEncodeResponse]  # type: ignore[assignment]
-    """Encodes one text. Text that looks like a special token stays plain text. Too long a text is
-    INVALID_ARGUMENT (INPUT_TOO_LARGE).
+    """Encodes one text. Text of control tokens stays plain text unless `parse_special_tokens` is set.
+    Control tokens are the special ones and every added token that is markup: one that has a sign on
+    both sides, such as `<think>`, or that the chat template has; white space is none.
+    Too long a text is INVALID_ARGUMENT (INPUT_TOO_LARGE).
     """
     EncodeBatch: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceEncodeBatchRequest, _tokenizer_pb2.TokenizerServiceEncodeBatchResponse]  # type: ignore[assignment]
     """Encodes several texts, bounded in count and in total characters; all succeed or the call fails."""
     RenderChat: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceRenderChatRequest, _tokenizer_pb2.TokenizerServiceRenderChatResponse]  # type: ignore[assignment]
-    """Renders a conversation with the operator's chat template and encodes it: the only place where
-    special tokens arise. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
+    """Renders a conversation with the operator's chat template and encodes it. Control tokens arise
+    from the template alone, never from what a message says. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
     where the template refuses the messages, INTERNAL (TEMPLATE_TIMEOUT) where it takes too long.
     """
     Decode: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.TokenizerServiceDecodeRequest, _tokenizer_pb2.TokenizerServiceDecodeResponse]  # type: ignore[assignment]
     """Decodes ids. An id outside the vocabulary is INVALID_ARGUMENT."""
     DecodeStream: _aio.StreamStreamMultiCallable[_tokenizer_pb2.TokenizerServiceDecodeStreamRequest, _tokenizer_pb2.TokenizerServiceDecodeStreamResponse]  # type: ignore[assignment]
-    """Decodes ids as they come. Each answer ends on a character boundary; what is incomplete waits,
-    and becomes U+FFFD when the client half-closes. State dies with the stream.
+    """Decodes ids as they come; all answers together are what `Decode` gives for all the ids. Each
+    answer ends on a character boundary; what later ids can change waits, and an incomplete
+    character becomes U+FFFD when the client half-closes. State dies with the stream.
     """
     GetVocabulary: _aio.UnaryStreamMultiCallable[_tokenizer_pb2.TokenizerServiceGetVocabularyRequest, _tokenizer_pb2.TokenizerServiceGetVocabularyResponse]  # type: ignore[assignment]
     """Streams the whole vocabulary in id order."""
@@ -97,8 +103,10 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tokenizer_pb2.TokenizerServiceEncodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.TokenizerServiceEncodeResponse, _abc.Awaitable[_tokenizer_pb2.TokenizerServiceEncodeResponse]]:
-        """Encodes one text. Text that looks like a special token stays plain text. Too long a text is
-        INVALID_ARGUMENT (INPUT_TOO_LARGE).
+        """Encodes one text. Text of control tokens stays plain text unless `parse_special_tokens` is set.
+        Control tokens are the special ones and every added token that is markup: one that has a sign on
+        both sides, such as `<think>`, or that the chat template has; white space is none.
+        Too long a text is INVALID_ARGUMENT (INPUT_TOO_LARGE).
         """
 
     @_abc_1.abstractmethod
@@ -115,8 +123,8 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tokenizer_pb2.TokenizerServiceRenderChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tokenizer_pb2.TokenizerServiceRenderChatResponse, _abc.Awaitable[_tokenizer_pb2.TokenizerServiceRenderChatResponse]]:
-        """Renders a conversation with the operator's chat template and encodes it: the only place where
-        special tokens arise. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
+        """Renders a conversation with the operator's chat template and encodes it. Control tokens arise
+        from the template alone, never from what a message says. FAILED_PRECONDITION where the model has no template, INVALID_ARGUMENT
         where the template refuses the messages, INTERNAL (TEMPLATE_TIMEOUT) where it takes too long.
         """
 
@@ -134,8 +142,9 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_tokenizer_pb2.TokenizerServiceDecodeStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tokenizer_pb2.TokenizerServiceDecodeStreamResponse], _abc.AsyncIterator[_tokenizer_pb2.TokenizerServiceDecodeStreamResponse]]:
-        """Decodes ids as they come. Each answer ends on a character boundary; what is incomplete waits,
-        and becomes U+FFFD when the client half-closes. State dies with the stream.
+        """Decodes ids as they come; all answers together are what `Decode` gives for all the ids. Each
+        answer ends on a character boundary; what later ids can change waits, and an incomplete
+        character becomes U+FFFD when the client half-closes. State dies with the stream.
         """
 
     @_abc_1.abstractmethod
