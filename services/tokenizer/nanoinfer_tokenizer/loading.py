@@ -17,6 +17,7 @@ from nanoinfer_common.json_files import (
     is_lfs_pointer,
     lfs_message,
     read_object,
+    read_optional_object,
 )
 from nanoinfer_common.model_paths import model_name, unservable
 
