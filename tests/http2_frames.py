@@ -39,7 +39,7 @@ class Connection:
         host, _, port = address.rpartition(":")
         return cls(*await asyncio.open_connection(host, int(port)))
 
-    async def ping(self, seconds: float = 20) -> bool:
+    async def ping(self, seconds: float = 60) -> bool:
         """Whether a ping came back before the server said goodbye."""
         before = self.num_answered
         self._writer.write(frame(PING, payload=bytes(8)))

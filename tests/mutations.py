@@ -37,6 +37,7 @@ SOURCES = {
     "block tables": "nanoinfer_engine/block_tables.py",
     "blocks": "nanoinfer_engine/blocks.py",
     "cpus": "nanoinfer_engine/cpus.py",
+    "decoder": "nanoinfer_common/detokenize.py",
     "engine service": "nanoinfer_engine/service.py",
     "field checks": "nanoinfer_common/field_checks.py",
     "interceptors": "nanoinfer_common/interceptors.py",
@@ -218,9 +219,9 @@ FAULTS = (
     Fault(
         "text", "self.num_tokens >= self._min_tokens", "self.num_tokens > self._min_tokens", "text"
     ),
-    Fault("text", '("utf-8")("replace")', '("utf-8")("ignore")', "text"),
-    Fault("text", 'decode(b"", final=True)', 'decode(b"")', "text"),
-    Fault("text", "for i in token_ids if i < size", "for i in token_ids if i <= size", "text"),
+    Fault("decoder", '("utf-8")("replace")', '("utf-8")("ignore")', "text"),
+    Fault("decoder", 'decode(b"", final=True)', 'decode(b"")', "text"),
+    Fault("decoder", "for i in token_ids if i < size", "for i in token_ids if i <= size", "text"),
     # who gets in
     Fault("admission", "self._tenants[wanted.tenant] >= quota", "quota < 0", "admission"),
     Fault("admission", "self._count(held, -1)", "self._count(held, 0)", "admission"),

@@ -138,7 +138,7 @@ def test_the_engines_refusal_is_shown_before_the_tokenizers_that_came_first(
     flags = {"tokenizer": ["--die-after", "0.1"], "engine": ["--die-after", "1.5"]}
     flags["engine"] += ["--ready-after", "30"]
     with supervisor(flags) as process:
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=120)
     assert (process.returncode, output) == (1, "")
     engine = errors.index("the engine ended with exit code 7:")
     tokenizer = errors.index("the tokenizer ended with exit code 7:")

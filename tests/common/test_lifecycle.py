@@ -296,7 +296,7 @@ async def test_without_a_log_to_write_to_it_serves_and_ends_as_ever(
         for number in range(20):
             assert await call(probe.channel, "unary_unary", b"%d" % number, timeout=20)
         probe.terminate()
-        code, log = await probe.end(20)
+        code, log = await probe.end(120)
     assert (code, log) == (0, [])
 
 
@@ -305,8 +305,9 @@ async def test_standard_streams_that_are_closed_give_their_numbers_to_no_socket(
 ) -> None:
     async with start_process(tmp_path, shell="<&- >&- 2>&-") as probe:
         await probe.become("readiness", "SERVING")
-        links = [os.readlink(f"/proc/{probe.process.pid}/fd/{number}") for number in range(3)]
-    assert links == ["/dev/null"] * 3
+        null = os.stat(os.devnull)
+        files = [os.stat(f"/proc/{probe.process.pid}/fd/{number}") for number in range(3)]
+    assert all(os.path.samestat(each, null) for each in files)
 
 
 def test_the_last_entries_before_the_exit_reach_the_log(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ async def test_a_service_warns_of_it_and_serves(
     async with start_process(tmp_path, "--drain-seconds", "0.2") as probe:
         await probe.become("readiness", "SERVING")
         probe.terminate()
-        code, log = await probe.end(20)
+        code, log = await probe.end(120)
     (warning,) = [entry for entry in log if entry["level"] == "warning"]
     assert code == 0
     assert "did you mean NANOINFER_DRAIN_SECONDS?" in warning["variable"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
@@ -57,6 +58,7 @@ async def test_a_gateway_whose_clock_jumps_serves_on(tmp_path: Path, jump: int) 
             one.address, two.address, tmp_path, environment=clock.environment
         ) as running,
     ):
+        began = time.monotonic_ns()
         stream = running.stub.GenerateStream(STREAM, timeout=600)
         text = ""
         while text != "a":
@@ -73,7 +75,7 @@ async def test_a_gateway_whose_clock_jumps_serves_on(tmp_path: Path, jump: int) 
             text += "".join(each.text for each in message.deltas)
             last = message
         assert text == "ab"
-        assert last.summary.timings.total_ns < HOUR * 10**9
+        assert last.summary.timings.total_ns <= time.monotonic_ns() - began
         assert last.summary.timings.total_ns >= last.summary.timings.time_to_first_token_ns > 0
         engine.thawed.clear()
         assert await become(running.channel, "NOT_SERVING")  # silence is still found

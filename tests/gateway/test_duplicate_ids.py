@@ -80,9 +80,9 @@ async def test_to_cancel_one_of_two_requests_of_one_id_leaves_the_other(
     first, second = [
         asyncio.create_task(text_of(running_gateway, prompt)) for prompt in ("first", "second")
     ]
-    await eventually(lambda: engine.num_running == 2, 30)
+    await eventually(lambda: engine.num_running == 2, 60)
     first.cancel()
-    await eventually(lambda: engine.num_running == 1, 30)
+    await eventually(lambda: engine.num_running == 1, 60)
     go_on.set()
     assert await second == ("second", "twice")
     assert first.cancelled()

@@ -84,7 +84,7 @@ async def test_a_silent_engine_gets_no_requests_until_it_reports_again() -> None
         await whole(running)
         assert (len(frozen.requests), len(good.requests)) == (1, 0)
         frozen.thawed.clear()
-        await eventually(lambda: frozen.num_watchers > 1, 30)  # on a new connection
+        await eventually(lambda: frozen.num_watchers > 1, 60)  # on a new connection
         for _ in range(3):
             assert (await whole(running)).choices[0].text == "Hello world"
         assert (len(frozen.requests), len(good.requests)) == (1, 3)
@@ -103,7 +103,7 @@ async def test_a_request_without_a_message_moves_from_a_silent_engine() -> None:
         assert text == "Hello world"
         assert (len(frozen.requests), len(good.requests)) == (1, 1)
         assert frozen.requests[0] == good.requests[0]
-        await asyncio.wait_for(frozen.cancelled.wait(), 30)
+        await asyncio.wait_for(frozen.cancelled.wait(), 60)
         frozen.thawed.set()
 
 
@@ -122,7 +122,7 @@ async def test_a_request_with_a_message_stays_and_goes_on_when_the_engine_does()
     frozen.behaviour = tell
     async with stack_of([frozen, good]) as running:
         answer = asyncio.ensure_future(whole(running))
-        await eventually(lambda: frozen.num_watchers > 1, 30)
+        await eventually(lambda: frozen.num_watchers > 1, 60)
         assert not answer.done()
         frozen.thawed.set()
         assert (await answer).choices[0].text == "Hello world"
@@ -134,14 +134,14 @@ async def test_without_another_engine_a_request_waits_and_the_gateway_is_not_rea
     async with stack_of([engine]) as running:
         engine.thawed.clear()
         answer = asyncio.ensure_future(whole(running))
-        await eventually(lambda: running.server.status.state == STALLED, 30)
+        await eventually(lambda: running.server.status.state == STALLED, 60)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await whole(running)
         assert reason(raised.value) == "NO_ENGINE"
         assert not answer.done()
         engine.thawed.set()
         assert (await answer).choices[0].text == "Hello world"
-        await eventually(lambda: running.server.status.state == SERVING, 30)
+        await eventually(lambda: running.server.status.state == SERVING, 60)
 
 
 async def test_a_moved_request_keeps_its_deadline_and_moves_a_bounded_number_of_times() -> None:
@@ -158,7 +158,7 @@ async def test_a_moved_request_keeps_its_deadline_and_moves_a_bounded_number_of_
         engine.behaviour = freeze
     async with stack_of(engines) as running:
         answer = asyncio.ensure_future(whole(running, 8 * SILENCE_SECONDS))
-        await eventually(lambda: sum(len(engine.requests) for engine in engines) == 3, 30)
+        await eventually(lambda: sum(len(engine.requests) for engine in engines) == 3, 60)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await answer
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -217,7 +217,7 @@ async def test_what_a_frozen_tokenizer_does_not_answer_is_asked_of_another() -> 
             await whole(running)
         assert len(frozen.named("Encode")) == asked, "it is out of rotation"
         frozen.thawed.set()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while len(frozen.named("Encode")) == asked:
                 await whole(running)
 
@@ -246,13 +246,13 @@ async def test_readiness_follows_what_tokenizers_say_and_whether_they_say_it() -
     async with stack_of([BeatingEngine()], [tokenizer]) as running:
         status = running.server.status
         tokenizer.is_serving = False
-        await eventually(lambda: status.state == STALLED, 30)
+        await eventually(lambda: status.state == STALLED, 60)
         tokenizer.is_serving = True
-        await eventually(lambda: status.state == SERVING, 30)
+        await eventually(lambda: status.state == SERVING, 60)
         tokenizer.thawed.clear()
-        await eventually(lambda: status.state == STALLED, 30)
+        await eventually(lambda: status.state == STALLED, 60)
         tokenizer.thawed.set()
-        await eventually(lambda: status.state == SERVING, 30)
+        await eventually(lambda: status.state == SERVING, 60)
 
 
 async def test_a_refused_call_is_repeated_on_another_tokenizer_and_at_most_four_times() -> None:
@@ -280,9 +280,9 @@ async def test_endless_streams_of_a_silent_engine_can_be_cancelled() -> None:
         call = running.stub.GenerateStream(STREAM)
         await call.read()
         engine.thawed.clear()
-        await eventually(lambda: engine.num_watchers > 1, 30)
+        await eventually(lambda: engine.num_watchers > 1, 60)
         call.cancel()
-        await asyncio.wait_for(engine.cancelled.wait(), 30)
+        await asyncio.wait_for(engine.cancelled.wait(), 60)
         assert engine.num_running == 0
         engine.thawed.set()
 

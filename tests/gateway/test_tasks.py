@@ -64,11 +64,11 @@ async def test_a_watcher_that_fails_is_heard_of_and_started_again(
             await two.kill()
             async with serving(engine, two.address):
                 await eventually(
-                    lambda: any(line["event"] == "background task failed" for line in lines), 30
+                    lambda: any(line["event"] == "background task failed" for line in lines), 60
                 )
                 assert running.server.status.state == STALLED
                 monkeypatch.setattr(replicas, "_offered", offered)
-                await eventually(lambda: running.server.status.state == SERVING, 30)
+                await eventually(lambda: running.server.status.state == SERVING, 60)
                 assert (await running.stub.Generate(REQUEST)).choices[0].text == "Hello world"
         tasks = {line["task"] for line in lines if line["event"] == "background task failed"}
         assert tasks == {f"watch ipv4:{two.address}"}

@@ -31,7 +31,7 @@ async def served(server: RunningServer) -> dict[str, float]:
     url = f"http://127.0.0.1:{server.metrics_port}/metrics"
 
     def scrape() -> str:
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             return str(response.read().decode())
 
     return {name: float(value) for name, value in SERVED.findall(await asyncio.to_thread(scrape))}
@@ -39,7 +39,7 @@ async def served(server: RunningServer) -> dict[str, float]:
 
 async def become(server: RunningServer, wanted: dict[str, float]) -> bool:
     """Waits until /metrics shows what is wanted."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await served(server) != wanted:
             await asyncio.sleep(0.02)
     return True

@@ -24,7 +24,7 @@ TIME = re.compile(r"(_ns|seconds|latency|duration|elapsed)(_total|_sum)?$")
 
 # "file:function" -> why what is found there relies on nothing of the machine
 ALLOWED = {
-    "engine/control/test_service.py:test_watch_load_sends_at_once_and_on_change": (
+    "engine/control/test_signs_of_life.py:test_watch_load_sends_at_once_and_on_change": (
         "waits for nothing to come: a slow machine makes that no less true"
     ),
     "e2e/test_trace.py:test_the_engines_phases_fill_its_span": (
@@ -45,6 +45,22 @@ ALLOWED = {
         "text of an error that must not get out"
     ),
     "client/test_stack.py:no_process_left": "the kernel's list of processes, where there is one",
+    "common/test_network.py:"
+    "test_a_stream_on_a_half_open_connection_ends_and_the_next_call_finds_another": (
+        "sooner than gRPC would by its own default of 60 s, of which it needs 6"
+    ),
+    "common/test_lifecycle.py:"
+    "test_standard_streams_that_are_closed_give_their_numbers_to_no_socket": (
+        "the kernel's list of a process's descriptors"
+    ),
+    "common/test_logs.py:test_a_log_that_cannot_be_written_is_counted_and_does_not_raise": (
+        "the kernel's device that is always full"
+    ),
+    "gateway/test_memory.py:module": "where the kernel has its control groups, if it has any",
+    "gateway/test_memory.py:peak_bytes": "the kernel's record of a process's memory",
+    "client/test_chat_sampling.py:test_a_conversation_begins_with_how_it_samples": (
+        "a command of the chat, not a path"
+    ),
     "client/test_cli.py:test_a_conversation_on_a_terminal": "a command of the chat, not a path",
 }
 Finding = tuple[str, int]
