@@ -1,4 +1,4 @@
-"""HTTP/2 by hand, for what no client library does: pings, and calls that are reset at once."""
+"""HTTP/2 by hand, for what `tests.http2` cannot do: `h2` reads nothing after a GOAWAY."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Connection:
         self.num_answered = 0
         self.num_data = 0
         self.goaway = b""
+        self.frames: list[tuple[int, int]] = []  # kind and stream of what came
         self._next_stream = 1
         self._reader, self._writer = reader, writer
         self._reading = asyncio.create_task(self._read())
@@ -44,7 +45,7 @@ class Connection:
         before = self.num_answered
         self._writer.write(frame(PING, payload=bytes(8)))
         async with asyncio.timeout(seconds):
-            while self.num_answered == before and not self._reading.done():
+            while self.num_answered == before and not (self.goaway or self._reading.done()):
                 await asyncio.sleep(0.005)
         return not self.goaway
 
@@ -77,6 +78,7 @@ class Connection:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return
             kind, flags = head[3], head[4]
+            self.frames.append((kind, int.from_bytes(head[5:], "big")))
             if kind == SETTINGS and not flags & ACK:
                 self._writer.write(frame(SETTINGS, ACK))
             if kind == PING and not flags & ACK:
@@ -85,4 +87,3 @@ class Connection:
             self.num_answered += kind == PING and bool(flags & ACK)
             if kind == GOAWAY:
                 self.goaway = payload
-                return

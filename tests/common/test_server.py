@@ -18,6 +18,7 @@ from nanoinfer_common.server import ServiceStatus, StartError, running
 
 from tests.common.conftest import Probe, start_probe
 from tests.common.probe import FULL_NAME, ProbeService, call
+from tests.http2_frames import GOAWAY, HEADERS, Connection
 
 
 async def health(channel: grpc.aio.Channel, name: str) -> str:
@@ -160,6 +161,34 @@ async def test_streams_beyond_the_drain_end_with_a_status() -> None:
     error = errors.from_rpc_error(caught.value)
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     assert service.running == 0
+
+
+@pytest.mark.matrix("R64")
+async def test_a_drain_sends_a_client_away_before_it_refuses_its_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that heard sooner would repeat its call on the connection that refuses it."""
+    monkeypatch.setattr("nanoinfer_common.server.SEND_AWAY_SECONDS", 2.0)
+    async with start_probe(drain_seconds=60.0) as probe:
+        connection = await Connection.open(probe.server.address)
+
+        async def late() -> int:
+            while probe.server.status.state != pb.SERVER_STATE_DRAINING:
+                await asyncio.sleep(0.005)
+            stream = connection.call(f"/{FULL_NAME}/unary_unary", b"late")
+            while (HEADERS, stream) not in connection.frames:
+                await asyncio.sleep(0.005)
+            return stream
+
+        calling = asyncio.create_task(late())
+        connection.call(f"/{FULL_NAME}/unary_stream", b"wait")
+        while not probe.service.num_waits:
+            await asyncio.sleep(0.005)
+        calling.add_done_callback(lambda _: probe.service.release.set())
+    refusal = connection.frames.index((HEADERS, await calling))
+    assert connection.frames.index((GOAWAY, 0)) < refusal
+    assert "late" not in probe.service.events
+    await connection.close()
 
 
 @pytest.mark.parametrize("served", [True, False])

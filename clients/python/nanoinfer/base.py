@@ -29,6 +29,8 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_CONNECT_TIMEOUT = 5.0
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+# Half of them are retries at once: all calls that a leaving gateway refuses on one connection.
+MAX_RETRY_TOKENS = 1000
 SERVICE = "nanoinfer.v1.GatewayService"
 RETRY_POLICY = {
     "maxAttempts": 3,
@@ -72,7 +74,7 @@ def _channel_options(
     service_config = {
         "methodConfig": [method_config],
         "loadBalancingConfig": [{"round_robin": {}}],
-        "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+        "retryThrottling": {"maxTokens": MAX_RETRY_TOKENS, "tokenRatio": 0.1},
     }
     return [
         *health.proxy_options(use_proxy),

@@ -58,7 +58,9 @@ log = structlog.get_logger(__name__)
 class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the handlers of a server whose errors carry `domain`; knows the calls that run.
 
-    Requests are refused with UNAVAILABLE while the status is LOADING or DRAINING.
+    Requests are refused with UNAVAILABLE while the status is LOADING or DRAINING. Refusals wait
+    for `may_refuse`: a drain sends clients away from their connections first, because a client that
+    heard sooner would repeat its call on the connection that refused it.
     """
 
     def __init__(self, domain: str, settings: ServiceSettings, status: ServiceStatus) -> None:
@@ -73,6 +75,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             ("method", "code", "reason"),
             registry=None,
         )
+        self.may_refuse = asyncio.Event()
+        self.may_refuse.set()
         self.running: set[RunningCall] = set()
         self._wrapped: dict[str, Handler] = {}
 
@@ -151,7 +155,7 @@ class RunningCall:
         try:
             self._start_deadline()
             if self._handler.request_streaming:
-                self._admit()
+                await self._admit()
                 await self._handle(parsed(messages, self._handler.request_deserializer))
             else:
                 await self._handle_one()
@@ -183,12 +187,13 @@ class RunningCall:
         otel_context.attach(trace.set_span_in_context(self._span))
         telemetry.enter_rpc(self._span, _request_id(metadata))
 
-    def _admit(self) -> None:
+    async def _admit(self) -> None:
         """Refuses the call while the service loads or drains, or has sent too much unread."""
         if self.method.endswith("/GetServerInfo"):
             return
         state = self._interceptor.status.state
         if state in _REFUSALS:
+            await self._interceptor.may_refuse.wait()
             raise errors.unavailable(*_REFUSALS[state], REFUSAL_RETRY_SECONDS)
         refusal = self._interceptor.outbox.refusal()
         if refusal is not None and not is_watch(self.method):
@@ -214,7 +219,7 @@ class RunningCall:
             request = parse(raw, self._handler.request_deserializer)
             del raw  # parsed, it would only double what the call holds
             _label(request)
-            self._admit()
+            await self._admit()
             await self._handle(request)
 
     async def _handle(self, request: Any) -> None:

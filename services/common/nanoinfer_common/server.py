@@ -2,7 +2,7 @@
 
 `serve` is a process's main function; `running` is the same server inside another program. The port
 opens before the service loads, so that health answers from the first moment. A drain flips health,
-serves on while clients notice, then refuses, sends the connections away, lets admitted work finish
+serves on while clients notice, then sends the connections away, refuses, lets admitted work finish
 and ends the rest with UNAVAILABLE.
 """
 
@@ -49,8 +49,9 @@ MIN_PING_INTERVAL_MILLISECONDS: Final = 5_000
 CONNECTION_AGE_GRACE_SECONDS: Final = 3600
 # A connection that does not speak HTTP/2 by then is closed; gRPC's own limit is two minutes.
 HANDSHAKE_MILLISECONDS: Final = 20_000
-# Requests on their way to a server that begins to refuse get UNAVAILABLE, which callers repeat
-# elsewhere; gRPC's own shutdown, which sends connections away, would answer CANCELLED.
+# Requests that arrive in this time before the connections are sent away get UNAVAILABLE just after,
+# so that callers repeat them on a new connection. gRPC's own shutdown would answer CANCELLED to
+# those that it has not handed over.
 SEND_AWAY_SECONDS: Final = 0.2
 # What is left after a drain gets this long to take its status home.
 ABORT_SECONDS: Final = 1.0
@@ -228,6 +229,7 @@ class _Server:
         settings = self._settings
         await self.status.leave()
         await asyncio.sleep(settings.drain_delay_seconds)
+        self._calls.may_refuse.clear()
         self.status.set_draining()
         self._sending_away = tasks.start("send clients away", self._send_away())
         with contextlib.suppress(TimeoutError):
@@ -242,12 +244,17 @@ class _Server:
         Otherwise a client behind a virtual address would stay on its connection for all the drain.
         """
         await asyncio.sleep(SEND_AWAY_SECONDS)
-        await self._grpc.stop(self._settings.drain_seconds + CLOSE_SECONDS)
+        grace = self._settings.drain_seconds + CLOSE_SECONDS
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._grpc.stop(grace))
+            await asyncio.sleep(POLL_SECONDS)
+            self._calls.may_refuse.set()
 
     async def close(self) -> None:
         """Ends what is left with UNAVAILABLE and closes everything."""
         self.status.set_draining()
         error = errors.unavailable(names.SHUTTING_DOWN, "shutting down", REFUSAL_RETRY_SECONDS)
+        self._calls.may_refuse.set()
         self._calls.interrupt_all(error)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ABORT_SECONDS):
