@@ -23,7 +23,7 @@ def random_text(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_id_has_its_text(random_text: ModuleType, tmp_path: Path) -> None:
     random_text.write_ranks(tmp_path / "random.tiktoken", 20_000)
     encoding = load_tokenizer(tmp_path).encoding
-    tokens = encoding.vocabulary.tokens
+    tokens = encoding.vocabulary.spelling.tokens
     assert len(tokens) == 20_000
     assert len(set(tokens)) == 20_000
     assert all(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import time
@@ -294,6 +295,20 @@ def test_unavailable_is_retried_before_the_first_message(
     client.generate("x")
     assert [each.get("grpc-previous-rpc-attempts") for each in attempts] == [None, "1", "2"]
     assert len({each["x-request-id"] for each in attempts}) == 1
+
+
+async def test_calls_that_are_refused_together_are_all_retried(
+    target: str, behaviour: Behaviour
+) -> None:
+    def once(request: Any, context: grpc.ServicerContext) -> Any:
+        if "grpc-previous-rpc-attempts" not in dict(context.invocation_metadata()):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "shutting down")
+        return gateway_pb2.GatewayServiceGenerateResponse(summary=SUMMARY)
+
+    behaviour.unary = once
+    async with nanoinfer.AsyncClient(target) as client:
+        await asyncio.gather(*(client.generate("x") for _ in range(64)))
+    assert len(behaviour.arrivals) == 2 * 64
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL])

@@ -51,7 +51,7 @@ def scrape_all(stack: Stack) -> dict[str, str]:
 
 
 def _scrape(service: Service) -> str:
-    match = re.search(r'"metrics_port": ?(\d+)', service.log.read_text())
+    match = re.search(r'"metrics_port": ?(\d+)', service.logged('"metrics_port":'))
     assert match, service.log.read_text()
     address = f"http://127.0.0.1:{match[1]}/metrics"
     with urllib.request.urlopen(address, timeout=60) as response:

@@ -32,6 +32,14 @@ class Service:
     def wait(self, seconds: float = 60.0) -> int:
         return self.process.wait(timeout=seconds)
 
+    def logged(self, text: str, count: int = 1, seconds: float = START_SECONDS) -> str:
+        """The log once it has a text so many times; a thread of its own writes it, a bit later."""
+        end = time.monotonic() + seconds
+        while (log := self.log.read_text()).count(text) < count:
+            assert time.monotonic() < end, f"no {text!r} in the log:\n{log[-4000:]}"
+            time.sleep(0.02)
+        return log
+
     def health(self, name: str) -> str:
         """The health name's status, or NOT_FOUND / UNAVAILABLE."""
         with grpc.insecure_channel(self.address) as channel:

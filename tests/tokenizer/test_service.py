@@ -18,13 +18,17 @@ from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError, StartError, from_rpc_error
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.server import running
+from nanoinfer_gateway.tokenizers import Tokenizers
 from nanoinfer_gateway.upstreams import Tokenizer as GatewaysTokenizer
+from nanoinfer_gateway.vocabulary import Vocabulary
 from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
 from nanoinfer_tokenizer.service import TokenizerService
 from nanoinfer_tokenizer.settings import TokenizerSettings
 from nanoinfer_tokenizer.streaming import StreamDecoder
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer
+
+from tests.tokenizer.serving import eventually
 
 Code = grpc.StatusCode
 MAX_CPU_SECONDS = 4.0  # of all threads, for 500,000 characters; measured: 1 to 2
@@ -524,16 +528,25 @@ async def test_a_gateway_learns_the_whole_spelling(
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     served = await serve(tmp_path)
     await served.stub.Decode(pb.TokenizerServiceDecodeRequest(tokens=ids(1)))
-    tokenizer = GatewaysTokenizer(served.address, 10.0, lambda _: nullcontext())
-    try:
-        learnt = await tokenizer.vocabulary()
-    finally:
-        await tokenizer.close()
+    learnt = await learnt_by_a_gateway(served.address)
     spelling = load_tokenizer(tmp_path).encoding.vocabulary.spelling
     assert learnt.spelling == spelling
     assert (len(spelling.byte_ids), spelling.strip_leading_spaces) == (256, 2)
     assert spelling.first_tokens == {1: b"a", 3: b""}
     assert learnt.special_texts == {b"<s>": 0}
+
+
+async def learnt_by_a_gateway(address: str) -> Vocabulary:
+    async def resolve() -> list[str]:
+        return [f"ipv4:{address}"]
+
+    replicas = Tokenizers(resolve, 60.0, 60.0, lambda: None, lambda _, is_faulty: None)
+    await replicas.start()
+    try:
+        await eventually(lambda: replicas.any_serving)
+        return await GatewaysTokenizer(replicas, 60.0, lambda _: nullcontext()).vocabulary()
+    finally:
+        await replicas.stop()
 
 
 def special_token(token_id: int, content: str) -> dict[str, Any]:

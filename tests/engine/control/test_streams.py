@@ -234,7 +234,7 @@ async def test_the_stream_with_most_unread_bytes_is_ended_beyond_the_bound_of_al
     one, two, three = make_request(), make_request(), make_request()
     bound = memory_of(scored(one, 0, 20)) * 10
     streams = Streams(
-        lambda requests, error=None: ended.append((requests, error)),
+        lambda requests, error=None, reason=None: ended.append((requests, error)),
         Patience(buffered_bytes=bound),
         5000,
     )
