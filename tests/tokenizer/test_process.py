@@ -1,5 +1,6 @@
 """The service as a process: start, refusal to start, drain, and no process left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -69,6 +70,28 @@ def test_a_process_serves_and_leaves_nothing_behind(
         os.kill(process.pid, number)
         assert process.wait(START_SECONDS) == (0 if number is signal.SIGTERM else -number)
         wait_for(lambda: not any(worker.is_running() for worker in workers))
+
+
+def test_the_library_starts_no_threads_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would start as many as the host has CPUs; here as many as this variable says."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "200")
+    document = {
+        "version": "1.0",
+        "added_tokens": [],
+        "decoder": {"type": "Fuse"},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"},
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with service(tmp_path, tmp_path / "port") as (process, address):
+        before = psutil.Process(process.pid).num_threads()
+        with grpc.insecure_channel(address) as channel:
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            request = pb.TokenizerServiceEncodeRequest(text="ab")
+            assert list(stub.Encode(request, wait_for_ready=True).tokens.ids) == [0, 1]
+        assert psutil.Process(process.pid).num_threads() < before + 200
 
 
 @pytest.mark.parametrize(
