@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.request import SamplingOptions
+from nanoinfer_engine.ops.attention import make_backend
+from nanoinfer_engine.step.inputs import build_inputs
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
 from tokenizers import Tokenizer
 from torch import Tensor
 

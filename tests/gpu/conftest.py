@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from nanoinfer_engine.choices import ChoiceFile
+from nanoinfer_engine.ops.cuda.choices import ChoiceFile
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def _choices_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
         return
     from filelock import FileLock
     from nanoinfer_engine import device  # needs Triton
-    from nanoinfer_engine.device_steps import DeviceSteps
+    from nanoinfer_engine.step.device_steps import DeviceSteps
 
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "choices"

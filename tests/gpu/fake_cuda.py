@@ -68,7 +68,7 @@ class CapturedSteps:
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """In the place of CUDA, until `patch` is undone."""
-    from nanoinfer_engine import device_steps
+    from nanoinfer_engine.step import device_steps
 
     def unpinned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*arguments: Any, pin_memory: bool = False, **more: Any) -> Tensor:

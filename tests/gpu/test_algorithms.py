@@ -6,8 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from nanoinfer_engine.algorithms import shortlist
-from nanoinfer_engine.kernels.cublaslt import Algorithm, multiply, proposals, variants
+from nanoinfer_engine.ops.cuda.algorithms import shortlist
+from nanoinfer_engine.ops.cuda.kernels.cublaslt import Algorithm, multiply, proposals, variants
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, Step
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.collectives import ALONE, Rank
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.batch import Batch, Step
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.ops.collectives import ALONE, Rank
 
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.gpu import fake_cuda
@@ -53,8 +53,8 @@ class Served:
 def make_steps(
     path: Path, patch: pytest.MonkeyPatch, *, mixed_graphs: bool, rank: Rank = ALONE
 ) -> Any:
-    from nanoinfer_engine import device_steps
-    from nanoinfer_engine import mixed_graphs as sizes
+    from nanoinfer_engine.step import device_steps
+    from nanoinfer_engine.step import mixed_graphs as sizes
 
     fake_cuda.install(patch)
     patch.setattr(device_steps, "padded_sizes", lambda _: [1, MAX_ROWS])

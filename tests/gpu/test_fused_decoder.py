@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.choices import ChoiceFile
-from nanoinfer_engine.collectives import ALONE
-from nanoinfer_engine.kv_cache import KVCache
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.progress import report_nothing
+from nanoinfer_engine.core.request import SamplingOptions
 from nanoinfer_engine.models import build_model, checkpoint_layout
-from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.quantization import quantizer
-from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.ops.collectives import ALONE
+from nanoinfer_engine.ops.cuda.choices import ChoiceFile
+from nanoinfer_engine.ops.kv_cache import KVCache
+from nanoinfer_engine.ops.quantization import quantizer
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
 from torch import Tensor
 
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
@@ -29,9 +29,9 @@ BLOCK_SIZE = 16
 
 
 def make_decoder(path: Path, device: torch.device, quantization: str = "none") -> Any:
-    from nanoinfer_engine.attention.paged import PagedAttention
-    from nanoinfer_engine.kernels.decode import DecodeWorkspace
     from nanoinfer_engine.models.fused import FusedDecoder
+    from nanoinfer_engine.ops.cuda.attention import PagedAttention
+    from nanoinfer_engine.ops.cuda.kernels.decode import DecodeWorkspace
 
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
@@ -57,8 +57,8 @@ def prompt_row(length: int, first_block: int) -> BatchRow:
 @torch.inference_mode()
 def step(decoder: Any, rows: list[BatchRow], device: torch.device, kept: list[int] | None) -> Any:
     """What the layers leave of the rows' tokens, or of the `kept` ones."""
-    from nanoinfer_engine.device_inputs import mixed_layout, upload
     from nanoinfer_engine.models.fused_layer import StepTokens
+    from nanoinfer_engine.step.device_inputs import mixed_layout, upload
 
     inputs = upload(mixed_layout(rows, {}, {}, BLOCK_SIZE), device, lambda: None)
     sampled = torch.zeros(4, dtype=torch.int32, device=device)
@@ -100,10 +100,10 @@ def test_the_last_layer_of_kept_tokens_alone(
 
 
 def test_choices_come_back(device: torch.device, tmp_path: Path) -> None:
-    from nanoinfer_engine.kernels.cublaslt import Algorithm
-    from nanoinfer_engine.kernels.decode import AttentionShape
-    from nanoinfer_engine.kernels.linear import GemvShape, TileShape
     from nanoinfer_engine.models.fused import PRODUCTS
+    from nanoinfer_engine.ops.cuda.kernels.cublaslt import Algorithm
+    from nanoinfer_engine.ops.cuda.kernels.decode import AttentionShape
+    from nanoinfer_engine.ops.cuda.kernels.linear import GemvShape, TileShape
 
     path = make_checkpoint("llama3", tmp_path / "model")
     first, second = (make_decoder(path, device) for _ in range(2))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.request import SamplingOptions
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.request import SamplingOptions
 
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.gpu.test_fused_decoder import BLOCK_SIZE, GREEDY, close, make_decoder
@@ -63,10 +63,10 @@ def run(
     decoder: Any, device: torch.device, rows: list[BatchRow], *, fixed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and ids of the rows that sample, laid out for the step alone or at a fixed size."""
-    from nanoinfer_engine.device_inputs import mixed_layout, upload
-    from nanoinfer_engine.kernels.sampling import SamplingWorkspace, choose
-    from nanoinfer_engine.mixed_graphs import MixedGraphs
     from nanoinfer_engine.models.fused_layer import StepTokens
+    from nanoinfer_engine.ops.cuda.kernels.sampling import SamplingWorkspace, choose
+    from nanoinfer_engine.step.device_inputs import mixed_layout, upload
+    from nanoinfer_engine.step.mixed_graphs import MixedGraphs
 
     layout = mixed_layout(rows, {1: 0}, {}, BLOCK_SIZE)
     if fixed:
@@ -117,8 +117,8 @@ def test_padding_changes_nothing(
 
 
 def test_sizes(device: torch.device) -> None:
-    from nanoinfer_engine.device_inputs import mixed_layout
-    from nanoinfer_engine.mixed_graphs import MAX_PROMPTS, MixedGraphs, MixedSize
+    from nanoinfer_engine.step.device_inputs import mixed_layout
+    from nanoinfer_engine.step.mixed_graphs import MAX_PROMPTS, MixedGraphs, MixedSize
 
     graphs = MixedGraphs(AnySize(), 256, 8192, 13, device)  # type: ignore[arg-type]
 
@@ -151,7 +151,7 @@ def test_sizes(device: torch.device) -> None:
 def test_sizes_that_hide_their_launches_are_not_captured(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nanoinfer_engine import mixed_graphs
+    from nanoinfer_engine.step import mixed_graphs
 
     captured = Recorded(most=20)
     graphs = mixed_graphs.MixedGraphs(captured, 64, 8192, 4, device)  # type: ignore[arg-type]

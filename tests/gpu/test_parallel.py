@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.collectives import ALONE, Rank
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.kv_cache import KVCache
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.progress import report_nothing
+from nanoinfer_engine.core.request import SamplingOptions
 from nanoinfer_engine.models import checkpoint_layout
-from nanoinfer_engine.parallel import take_share
-from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.ranks import ParallelRunner
-from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.ops.collectives import ALONE, Rank
+from nanoinfer_engine.ops.kv_cache import KVCache
+from nanoinfer_engine.parallel.ranks import ParallelRunner
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
+from nanoinfer_engine.weights.sharding import take_share
 
 from tests.engine.rank_processes import run_ranks
 from tests.gpu.test_runner import GUIDE, assert_same, device_logits, generate, make_runner, prompts
@@ -131,11 +131,11 @@ def test_the_runner_of_both(pair: ParallelRunner) -> None:
 
 def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list[torch.Tensor]:
     """Logits of decode steps of one row and of three, by the fused decoder."""
-    from nanoinfer_engine.attention.paged import PagedAttention, PagedPlan
-    from nanoinfer_engine.kernels.decode import DecodeWorkspace
-    from nanoinfer_engine.kernels.linear import GemvShape
     from nanoinfer_engine.models.fused import PRODUCTS, FusedDecoder
     from nanoinfer_engine.models.fused_layer import StepTokens
+    from nanoinfer_engine.ops.cuda.attention import PagedAttention, PagedPlan
+    from nanoinfer_engine.ops.cuda.kernels.decode import DecodeWorkspace
+    from nanoinfer_engine.ops.cuda.kernels.linear import GemvShape
 
     device, dtype = torch.device("cpu"), torch.float32
     checkpoint = open_checkpoint(path)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nanoinfer_engine.quantization import FP8, Fp8Linear, quantize_rows
+from nanoinfer_engine.ops.quantization import FP8, Fp8Linear, quantize_rows
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nanoinfer_engine.kernels import heads, linear, norms, quantize
-from nanoinfer_engine.linears import Linear, apply_linear
+from nanoinfer_engine.ops.cuda.kernels import heads, linear, norms, quantize
+from nanoinfer_engine.ops.cuda.linears import Linear, apply_linear
 
 from tests.gpu.test_attention_kernels import FEW, MANY, SHAPES, Case, run, transformed
 from tests.gpu.test_row_kernels import BOUND, DTYPES, normal, relative_error, rms_norm

@@ -7,8 +7,8 @@ import torch
 from nanoinfer_engine.models.decoder import ACTIVATIONS
 from torch import Tensor
 
-norms = pytest.importorskip("nanoinfer_engine.kernels.norms")
-linear = pytest.importorskip("nanoinfer_engine.kernels.linear")
+norms = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.norms")
+linear = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.linear")
 
 pytestmark = pytest.mark.gpu
 

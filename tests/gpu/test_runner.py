@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow, EndedStep
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.batch import Batch, BatchRow, EndedStep
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.step.runner import ModelRunner
 from safetensors.torch import load_file, save_file
 
 GUIDE = Path(__file__).resolve().parents[2] / "models" / "guide"

@@ -8,18 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow, Runner
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.kv_cache import KVCache, stored_dtype
-from nanoinfer_engine.models import build_model, checkpoint_layout
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.quantization import quantizer
-from nanoinfer_engine.request import (
+from nanoinfer_engine.core.batch import Batch, BatchRow, Runner
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.progress import report_nothing
+from nanoinfer_engine.core.request import (
     Request,
     RequestTimes,
     SampledToken,
@@ -27,9 +21,15 @@ from nanoinfer_engine.request import (
     StoppingOptions,
     prompt_key,
 )
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.scheduler import Scheduler
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.ops.attention import make_backend
+from nanoinfer_engine.ops.kv_cache import KVCache, stored_dtype
+from nanoinfer_engine.ops.quantization import quantizer
+from nanoinfer_engine.step.inputs import build_inputs
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
 
 GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 

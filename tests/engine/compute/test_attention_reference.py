@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.config import ModelConfig, RopeConfig
-from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.kv_cache import KVCache, bytes_per_block, num_blocks_for
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import ModelConfig, RopeConfig
+from nanoinfer_engine.ops.attention import make_backend
+from nanoinfer_engine.ops.kv_cache import KVCache, bytes_per_block, num_blocks_for
+from nanoinfer_engine.step.inputs import build_inputs
 
 from tests.engine.compute.driver import GREEDY
 

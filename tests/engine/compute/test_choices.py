@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from nanoinfer_engine.choices import ChoiceFile, source_digest
+from nanoinfer_engine.ops.cuda.choices import ChoiceFile, source_digest
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.checkpoints import Part, open_checkpoint
-from nanoinfer_engine.collectives import ALONE, Rank
-from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.progress import report_nothing
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions
 from nanoinfer_engine.models import build_model, checkpoint_layout
-from nanoinfer_engine.parallel import local_config, take_share
-from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.ranks import ParallelRunner
-from nanoinfer_engine.request import SampledToken, SamplingOptions
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.ops.collectives import ALONE, Rank
+from nanoinfer_engine.parallel.ranks import ParallelRunner
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import Part, open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
+from nanoinfer_engine.weights.sharding import local_config, take_share
 
 from tests.engine.compute.driver import GREEDY, generate
 from tests.engine.rank_processes import run_ranks

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import CheckpointError, EngineConfig
-from nanoinfer_engine.kv_cache import FP8, KVCache, bytes_per_block, num_blocks_for
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.config import CheckpointError, EngineConfig
+from nanoinfer_engine.core.progress import LoadProgress
 from nanoinfer_engine.models import LanguageModel, build_model, checkpoint_layout
-from nanoinfer_engine.progress import LoadProgress
-from nanoinfer_engine.quantization import Fp8Linear, check_device, quantize_rows, quantizer
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.ops.kv_cache import FP8, KVCache, bytes_per_block, num_blocks_for
+from nanoinfer_engine.ops.quantization import Fp8Linear, check_device, quantize_rows, quantizer
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
 from torch import Tensor, nn
 
 from tests.engine.compute.driver import GREEDY, AllLogits, Job, make_runner, run

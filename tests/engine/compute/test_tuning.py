@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from nanoinfer_engine.tuning import device_lag
+from nanoinfer_engine.ops.cuda.tuning import device_lag
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.errors import EngineLostError
-from nanoinfer_engine.request import FinishReason, Request, RequestOutput
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.errors import EngineLostError
+from nanoinfer_engine.core.request import FinishReason, Request, RequestOutput
+from nanoinfer_engine.core.scheduler import Scheduler
 
 from tests.engine.fakes import FakeClock, FakeRunner, expected_tokens, make_config, make_request
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanoinfer_engine.config import ModelConfig
+from nanoinfer_engine.core.config import ModelConfig
 from nanoinfer_engine.models import decoder, gpt2
 from nanoinfer_engine.models.layout import CheckpointLayout
 

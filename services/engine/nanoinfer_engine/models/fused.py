@@ -15,23 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nanoinfer_engine.attention.paged import Heads, PagedAttention, PagedPlan
-from nanoinfer_engine.choices import Choices
-from nanoinfer_engine.collectives import Rank
-from nanoinfer_engine.config import ModelConfig
-from nanoinfer_engine.kernels.linear import GemvShape, gemv
-from nanoinfer_engine.kernels.norms import add_norm, embed
-from nanoinfer_engine.kernels.quantize import quantize_rows
-from nanoinfer_engine.kv_cache import FP8
-from nanoinfer_engine.linears import (
-    FEW_ROWS,
-    Linear,
-    LinearTable,
-    apply_linear,
-    join_linear,
-    quantized_product,
-    tuned_sizes,
-)
+from nanoinfer_engine.core.config import ModelConfig
 from nanoinfer_engine.models.decoder import Decoder, Layer
 from nanoinfer_engine.models.fused_layer import (
     MAX_FUSED_NORM,
@@ -40,6 +24,22 @@ from nanoinfer_engine.models.fused_layer import (
     StepTokens,
     fused_layer,
 )
+from nanoinfer_engine.ops.collectives import Rank
+from nanoinfer_engine.ops.cuda.attention import Heads, PagedAttention, PagedPlan
+from nanoinfer_engine.ops.cuda.choices import Choices
+from nanoinfer_engine.ops.cuda.kernels.linear import GemvShape, gemv
+from nanoinfer_engine.ops.cuda.kernels.norms import add_norm, embed
+from nanoinfer_engine.ops.cuda.kernels.quantize import quantize_rows
+from nanoinfer_engine.ops.cuda.linears import (
+    FEW_ROWS,
+    Linear,
+    LinearTable,
+    apply_linear,
+    join_linear,
+    quantized_product,
+    tuned_sizes,
+)
+from nanoinfer_engine.ops.kv_cache import FP8
 
 PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
 _ATTENTION = "attention"

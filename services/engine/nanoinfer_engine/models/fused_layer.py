@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from nanoinfer_engine.collectives import Rank
-from nanoinfer_engine.config import ModelConfig
-from nanoinfer_engine.kernels.heads import HeadTransform
-from nanoinfer_engine.linears import Linear
+from nanoinfer_engine.core.config import ModelConfig
 from nanoinfer_engine.models.decoder import Decoder, Layer
-from nanoinfer_engine.quantization import Fp8Linear
+from nanoinfer_engine.ops.collectives import Rank
+from nanoinfer_engine.ops.cuda.kernels.heads import HeadTransform
+from nanoinfer_engine.ops.cuda.linears import Linear
+from nanoinfer_engine.ops.quantization import Fp8Linear
 
 MAX_FUSED_NORM = 2048
 """Hidden sizes up to which a GEMV takes the norm before it in: beyond, its registers cost more."""

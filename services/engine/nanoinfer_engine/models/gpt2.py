@@ -12,9 +12,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nanoinfer_engine.attention import AttentionBackend
-from nanoinfer_engine.config import ModelConfig
+from nanoinfer_engine.core.config import ModelConfig
 from nanoinfer_engine.models.layout import CheckpointLayout, ModuleSource
+from nanoinfer_engine.ops.attention import AttentionBackend
 
 PlanT = TypeVar("PlanT")
 
