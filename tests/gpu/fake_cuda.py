@@ -77,7 +77,6 @@ def install(patch: pytest.MonkeyPatch) -> None:
         return made
 
     patch.setattr(device_steps, "CapturedSteps", CapturedSteps)
-    patch.setattr(device_steps, "_PDL_ROWS", 0)  # the interpreter has no dependent launch
     for name in ("zeros", "empty"):
         patch.setattr(torch, name, unpinned(getattr(torch, name)))
     patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

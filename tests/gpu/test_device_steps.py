@@ -20,7 +20,7 @@ from nanoinfer_engine.ops.collectives import ALONE, Rank
 
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.gpu import fake_cuda
-from tests.gpu.test_fused_decoder import BLOCK_SIZE, GREEDY, make_decoder
+from tests.gpu.test_cuda_ops import BLOCK_SIZE, GREEDY, make_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,13 +34,6 @@ NUM_TOKENS = 3
 DRAWN = SamplingOptions(0.9, 30, 0.95, 0.0, 5)
 COUNTED = SamplingOptions(0.0, 0, 1.0, 0.0, 0, presence_penalty=1.5, num_logprobs=2)
 SCORED = SamplingOptions(0.0, 0, 1.0, 0.0, 0, num_prompt_logprobs=1)
-
-
-class NothingChosen:
-    """A choice file with what the decoder takes without measuring."""
-
-    def read(self) -> dict[str, object]:
-        return {}
 
 
 @dataclass
@@ -63,18 +56,16 @@ def make_steps(
     patch.setattr(sizes, "_TOKENS", (20, 64))
     device = torch.device("cpu")
     with torch.inference_mode():
-        decoder = make_decoder(path, device)
-        patch.setattr(decoder, "restore", lambda _: True)
+        made = make_model(path, device)
         steps = device_steps.DeviceSteps(
-            decoder,
+            made.model,
+            made.ops,
             VOCAB_SIZE,
             BLOCK_SIZE,
             MAX_ROWS,
             MAX_TOKENS,
             MAX_MODEL_LEN,
-            NUM_BLOCKS,
             device,
-            NothingChosen(),  # type: ignore[arg-type]
             rank,
             mixed_graphs,
         )

@@ -1,4 +1,4 @@
-"""Two GPUs against one: logits, tokens, graphs, memory; the fused decoder's shares on the CPU."""
+"""Two GPUs against one: logits, tokens, graphs, memory; shares by kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -130,12 +130,13 @@ def test_the_runner_of_both(pair: ParallelRunner) -> None:
 
 
 def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list[torch.Tensor]:
-    """Logits of decode steps of one row and of three, by the fused decoder."""
-    from nanoinfer_engine.models.fused import PRODUCTS, FusedDecoder
-    from nanoinfer_engine.models.fused_layer import StepTokens
-    from nanoinfer_engine.ops.cuda.attention import PagedAttention, PagedPlan
-    from nanoinfer_engine.ops.cuda.kernels.decode import DecodeWorkspace
+    """Logits of decode steps of one row and of three, by CUDA operations."""
+    from nanoinfer_engine.ops.cuda.attention import PagedPlan
+    from nanoinfer_engine.ops.cuda.backend import CudaStep
     from nanoinfer_engine.ops.cuda.kernels.linear import GemvShape
+    from nanoinfer_engine.ops.cuda.products import ProductKind, TuningTable
+
+    from tests.gpu.test_cuda_ops import cuda_ops
 
     device, dtype = torch.device("cpu"), torch.float32
     checkpoint = open_checkpoint(path)
@@ -148,12 +149,9 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
         each.data = each.data.contiguous()  # as on a GPU; `weights` lays it out for MKL
     sizes = share.config
     cache = KVCache(sizes, 8, 16, dtype, device)
-    workspace = DecodeWorkspace(4, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, device)
-    backend = PagedAttention(cache, sizes.sliding_windows, workspace)
     vocab_size = checkpoint.config.vocab_size
-    decoder = FusedDecoder(share.model, sizes, backend, rank, vocab_size)  # type: ignore[arg-type]
-    if use_gemv:
-        decoder.table.choices = {name: {1: GemvShape(2, 64, 1)} for name in PRODUCTS}
+    own = {ProductKind(64, 64, False, False, False): {1: GemvShape(2, 64, 1)}} if use_gemv else {}
+    ops = cuda_ops(sizes, cache, rank, vocab_size, TuningTable(own, {}))
     source, answers = random.Random(2), []
     sampled = torch.tensor([source.randrange(vocab_size)], dtype=torch.int32)
     with torch.inference_mode():
@@ -167,14 +165,14 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
                 torch.full((rows,), step + 1, dtype=torch.int32),
                 None,
             )
-            hidden = decoder.forward(StepTokens(ids, sources, sampled), plan)
-            answers.append(decoder.logits(hidden).clone())
+            stream = share.model(ops, CudaStep(ids, sources, sampled, plan))
+            answers.append(share.model.logits(ops, stream).clone())
     return answers
 
 
 @gpu
 @pytest.mark.parametrize(("kind", "use_gemv"), [("llama3", False), ("qwen3", True)])
-def test_the_fused_shares_give_the_whole(
+def test_the_shares_give_the_whole(
     kind: str, use_gemv: bool, device: torch.device, tmp_path: Path
 ) -> None:
     if device.type != "cpu":

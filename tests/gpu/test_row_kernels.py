@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nanoinfer_engine.models.decoder import ACTIVATIONS
+from nanoinfer_engine.ops.modules import ACTIVATIONS
 from torch import Tensor
 
 norms = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.norms")

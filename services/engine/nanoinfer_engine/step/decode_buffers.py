@@ -99,11 +99,6 @@ class DecodeBuffers:
             self._ring[index, :stop].copy_(self._on_host[index, :stop], non_blocking=True)
         torch.cuda.current_stream().wait_stream(self._up)
 
-    def fill_all(self, rows: Sequence[BatchRow]) -> None:
-        """Let every entry be of `rows`, whose tokens are known: for steps that are measured."""
-        for _ in range(_ENTRIES):
-            self.fill(rows, {}, {}, len(rows))
-
     def unpack(self, num_rows: int) -> None:
         """Launch the step's first kernel; what `choose` does with `history` is its last."""
         unpack(

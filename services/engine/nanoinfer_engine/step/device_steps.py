@@ -15,14 +15,11 @@ from torch import Tensor
 
 from nanoinfer_engine.core.batch import Batch, BatchRow, RowResult, StepKind, StepTiming
 from nanoinfer_engine.core.errors import SamplingError
-from nanoinfer_engine.core.request import SampledToken, SamplingOptions
-from nanoinfer_engine.models.fused import FusedDecoder
-from nanoinfer_engine.models.fused_layer import Hidden, StepTokens
+from nanoinfer_engine.core.request import SampledToken
+from nanoinfer_engine.models import Decoder
 from nanoinfer_engine.ops.collectives import ALONE, Rank
-from nanoinfer_engine.ops.cuda.choices import ChoiceFile
+from nanoinfer_engine.ops.cuda.backend import CudaOps, CudaStep, Stream
 from nanoinfer_engine.ops.cuda.kernels.sampling import SamplingWorkspace, choose
-from nanoinfer_engine.ops.cuda.linears import REFINED_ROWS
-from nanoinfer_engine.ops.cuda.tuning import time_graph
 from nanoinfer_engine.sampling.device_logprobs import (
     PromptScores,
     SampledScores,
@@ -37,11 +34,6 @@ from nanoinfer_engine.step.device_timing import DeviceClock, StepEvents
 from nanoinfer_engine.step.mixed_graphs import MixedGraphs
 
 _GRAPH_MEMORY = 2 << 30  # within what `device` reserves
-# beyond these rows the launches are long enough to hide one another; with several ranks none starts
-# early, because NCCL's kernels stand between ours
-_PDL_ROWS = 64
-_REFINED_CONTEXT = 640
-GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
 
 class DeviceStep:
@@ -100,34 +92,31 @@ class DeviceSteps:
 
     def __init__(
         self,
-        decoder: FusedDecoder,
+        model: Decoder,
+        ops: CudaOps,
         vocab_size: int,
         block_size: int,
         max_rows: int,
         max_tokens: int,
         max_model_len: int,
-        num_blocks: int,
         device: torch.device,
-        choices: ChoiceFile,
         rank: Rank = ALONE,
         mixed_graphs: bool = False,
     ) -> None:
         """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_model_len` tokens.
 
-        `num_blocks` are all that there are. With `mixed_graphs` small steps with prompts are
-        graphs, too, on one device: with several that has not been tried.
+        With `mixed_graphs` small steps with prompts are graphs, too, on one device: with several
+        that has not been tried.
         """
-        self._rank, self._choices = rank, choices
-        self._pdl_rows = _PDL_ROWS if rank.size == 1 else 0
-        self._decoder, self._block_size, self._device = decoder, block_size, device
+        self._rank, self._model, self._ops = rank, model, ops
+        self._block_size, self._device = block_size, device
         max_blocks = -(-max_model_len // block_size)
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
         self._slots = ShapingSlots(self._workspace.counts, self._workspace.bias)
         self._sampled = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._places: dict[int, int] = {}  # of the last step's rows in `_sampled`
-        self._max_rows, self._max_tokens = max_rows, max_tokens
-        self._max_model_len, self._num_blocks = max_model_len, num_blocks
+        self._max_rows = max_rows
         captured = CapturedSteps(_GRAPH_MEMORY, rank.least)
         self.graphs = DecodeGraphs(captured)
         self.mixed_graphs = MixedGraphs(captured, max_rows, max_tokens, max_blocks, device)
@@ -135,13 +124,7 @@ class DeviceSteps:
         self._clock = DeviceClock()
 
     def prepare(self) -> None:
-        """Choose kernels, capture the graphs; what exists then is never collected."""
-        if not self._decoder.restore(self._choices.read() or {}):
-            self._decoder.tune(self._max_rows, self._max_tokens, self._pdl_rows)
-            torch.cuda.empty_cache()  # of prompts as long as any
-            if self._rank.size == 1:  # several would have to measure the same steps
-                self._refine()
-            self._choices.write(self._decoder.choices)
+        """Capture the graphs; what exists then is never collected."""
         self.graphs.capture(self.run_decode, padded_sizes(self._max_rows))
         self._buffers.rewind()
         if self._captures_mixed:
@@ -149,27 +132,6 @@ class DeviceSteps:
         # a full collection over all that torch has made stops the steps for tens of milliseconds
         gc.collect()
         gc.freeze()
-
-    def _refine(self) -> None:
-        """Choose again among the best within whole steps: kernels overlap their neighbours."""
-        context = min(_REFINED_CONTEXT, self._max_model_len, self._num_blocks * self._block_size)
-        width = -(-context // self._block_size)
-        for rows in REFINED_ROWS:
-            if rows <= self._max_rows:
-                made_up = [
-                    BatchRow(
-                        (0,),
-                        context - 1,
-                        tuple((row * width + i) % self._num_blocks for i in range(width)),
-                        samples=True,
-                        sampling=GREEDY,
-                    )
-                    for row in range(rows)
-                ]
-                self._buffers.fill_all(made_up)
-                step = partial(self.run_decode, rows)
-                self._decoder.table.refine(rows, partial(time_graph, step))
-        torch.cuda.empty_cache()
 
     def launch(self, batch: Batch) -> DeviceStep:
         """Run `batch`, whose rows may continue from ids of the batch launched before it."""
@@ -225,35 +187,35 @@ class DeviceSteps:
         prompts = measure_prompts(rows, layout.order, partial(self._logits_of, hidden))
         return "eager", logits if self._places else None, prompts
 
-    def run_mixed(self, inputs: MixedInputs, *, keeps_all: bool = False) -> tuple[Tensor, Hidden]:
+    def run_mixed(self, inputs: MixedInputs, *, keeps_all: bool = False) -> tuple[Tensor, Stream]:
         """Launch a step with prompts: the logits of its sampled tokens, and what its layers leave.
 
         That is of all tokens with `keeps_all`, else of the sampled ones.
         """
-        tokens = StepTokens(inputs.token_ids, inputs.sources, self._sampled)
+        step = CudaStep(inputs.token_ids, inputs.sources, self._sampled, inputs.plan)
         wanted = inputs.sampled_tokens
-        # the same kernels as a decode step of so many rows runs: compiled before
-        pdl = len(wanted) <= self._pdl_rows
-        kept = None if keeps_all else wanted
-        hidden = self._decoder.forward(tokens, inputs.plan, kept=kept, kept_pdl=pdl)
+        stream = self._model(self._ops, step, None if keeps_all else wanted)
         if not len(wanted):
-            return wanted, hidden
-        own = hidden.select(wanted) if keeps_all else hidden
-        logits = self._decoder.logits(own, pdl=pdl)
+            return wanted, stream
+        logits = self._model.logits(self._ops, stream.select(wanted) if keeps_all else stream)
         choose(logits, inputs.sampling, self._workspace, self._sampled)
-        return logits, hidden
+        return logits, stream
 
-    def _logits_of(self, hidden: Hidden, first: int, count: int) -> Tensor:
+    def _logits_of(self, stream: Stream, first: int, count: int) -> Tensor:
         tokens = torch.arange(first, first + count, device=self._device)
-        return self._decoder.logits(hidden.select(tokens))
+        return self._model.logits(self._ops, stream.select(tokens))
 
     def run_decode(self, num_rows: int) -> Tensor:
         """Launch a decode step on the static buffers; what the graphs capture. Its logits."""
-        pdl, buffers = num_rows <= self._pdl_rows, self._buffers
+        buffers = self._buffers
         buffers.unpack(num_rows)
-        tokens = StepTokens(buffers.token_ids[:num_rows], buffers.sources[:num_rows], self._sampled)
-        hidden = self._decoder.forward(tokens, buffers.plan(num_rows), pdl=pdl)
-        logits = self._decoder.logits(hidden, pdl=pdl)
-        sampling, history = buffers.sampling(num_rows), buffers.history
-        choose(logits, sampling, self._workspace, self._sampled, history, pdl=pdl)
+        step = CudaStep(
+            buffers.token_ids[:num_rows],
+            buffers.sources[:num_rows],
+            self._sampled,
+            buffers.plan(num_rows),
+        )
+        logits = self._model.logits(self._ops, self._model(self._ops, step))
+        sampling, pdl = buffers.sampling(num_rows), num_rows <= self._ops.pdl_rows
+        choose(logits, sampling, self._workspace, self._sampled, buffers.history, pdl=pdl)
         return logits

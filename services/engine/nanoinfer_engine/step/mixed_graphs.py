@@ -12,6 +12,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import statistics
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from torch import Tensor
 from nanoinfer_engine.core.batch import BatchRow
 from nanoinfer_engine.ops.cuda.attention import PagedPlan
 from nanoinfer_engine.ops.cuda.kernels.prompts import QUERY_TILE
-from nanoinfer_engine.ops.cuda.tuning import device_lag
 from nanoinfer_engine.step.cuda_graphs import CapturedSteps
 from nanoinfer_engine.step.device_inputs import (
     SAMPLING_FIELDS,
@@ -114,7 +115,7 @@ class MixedGraphs:
         """
 
         def is_in_vain(tokens: int) -> bool:
-            return device_lag(partial(run, self._nothing(MixedSize(tokens, 0)))) >= _WORTH
+            return _device_lag(partial(run, self._nothing(MixedSize(tokens, 0)))) >= _WORTH
 
         most = bisect_left(self._tokens, True, key=is_in_vain)
         for size in reversed(self._sizes):
@@ -222,3 +223,19 @@ def _arrays(size: MixedSize, layout: MixedLayout) -> Iterator[Ints]:
 def _in_fours(count: int) -> int:
     """The next multiple of four."""
     return -(-count // 4) * 4
+
+
+def _device_lag(run: Callable[[], object], repeats: int = 3) -> float:
+    """How many times as long the device takes to end `run` as the host to launch it.
+
+    1 where the device waits for launches; the median, so that compiling does not count.
+    """
+    lags: list[float] = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        launched = time.perf_counter() - began
+        torch.cuda.synchronize()
+        lags.append((time.perf_counter() - began) / launched)
+    return float(statistics.median(lags))

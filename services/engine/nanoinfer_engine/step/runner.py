@@ -12,16 +12,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nanoinfer_engine.core.batch import Batch, BatchRow, FinishedStep, RowResult, Step
 from nanoinfer_engine.core.config import EngineConfig, ModelConfig
 from nanoinfer_engine.core.progress import Progress, report_nothing
 from nanoinfer_engine.core.request import SamplingOptions
 from nanoinfer_engine.models import checkpoint_layout
-from nanoinfer_engine.ops.attention import make_backend
+from nanoinfer_engine.ops.attention import ReferenceAttention
 from nanoinfer_engine.ops.collectives import ALONE, Rank
 from nanoinfer_engine.ops.kv_cache import KVCache, num_blocks_for, stored_dtype
-from nanoinfer_engine.ops.quantization import check_device, quantizer
+from nanoinfer_engine.ops.linear import linear_format
+from nanoinfer_engine.ops.reference import ReferenceOps, ReferenceStep
 from nanoinfer_engine.sampling.logprobs import score_prompts
 from nanoinfer_engine.sampling.sampler import sample
 from nanoinfer_engine.step.cpus import usable_cpus
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-ATTENTION_BACKEND = "reference"
+_FP8_CAPABILITY = (8, 9)
 
 
 def default_threads() -> int:
@@ -64,7 +66,7 @@ class ModelRunner:
         torch.set_num_threads(config.num_threads or default_threads())
         _LOG.info("a step has %d threads", torch.get_num_threads())
         device = _device(config.device)
-        check_device(config, device)
+        check_fp8(config, device)
         checkpoint = checkpoint or open_checkpoint(config.model_path)
         name = choose_dtype(config.dtype, checkpoint, device)
         config = self._config = replace(config, dtype=name)
@@ -74,13 +76,14 @@ class ModelRunner:
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len: int = _max_model_len(config, checkpoint.config)
         self.block_size: int = config.block_size
-        self._rank, share = rank, take_share(checkpoint, rank, self.max_model_len, dtype, device)
+        linear = linear_format(config.quantization)
+        share = take_share(checkpoint, rank, self.max_model_len, dtype, device, linear)
+        self._rank = rank
         self._model, self._share = share.model, share.config
         self.num_parameters: int = share.num_parameters
         layout = checkpoint_layout(checkpoint.config)
-        quantize = quantizer(config.quantization, self._model)
         self.weights_fingerprint: str = load_weights(
-            self._model, checkpoint, layout, device, progress, quantize, share.placements
+            self._model, checkpoint, layout, device, progress, share.placements
         )
         self._device, self._dtype = device, dtype
         self.num_blocks: int = rank.least(self._num_blocks())
@@ -115,7 +118,8 @@ class ModelRunner:
         """Attend over `cache` from now on."""
         self._cache = cache
         windows = self.model_config.sliding_windows
-        self._backend = make_backend(ATTENTION_BACKEND, cache, windows)
+        self._attention = ReferenceAttention(cache, windows)
+        self._ops = ReferenceOps(self._attention, self._rank, self.vocab_size)
         self._steps: DeviceSteps | None = None
         if self._device.type == "cuda":
             from nanoinfer_engine.step.device import open_device  # needs Triton
@@ -160,22 +164,26 @@ class ModelRunner:
         inputs = build_inputs(batch, self.block_size, self._device)
         if len(inputs.new_blocks):
             self._cache.clear(inputs.new_blocks)
-        plan = self._backend.plan(inputs.attention)
+        plan = self._attention.plan(inputs.attention)
+        step = ReferenceStep(inputs.token_ids, inputs.positions, plan)
         wanted, scores = inputs.sampled_tokens, any(row.scored_token_ids for row in batch.rows)
         # where all tokens are wanted there is nothing to pick out
         kept = None if scores or len(wanted) == len(inputs.token_ids) else wanted
-        hidden = self._model(inputs.token_ids, inputs.positions, self._backend, plan, kept)
+        hidden = self._model(self._ops, step, kept)
         results: list[RowResult] = [None] * len(batch.rows)
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         if sampling:
             own = hidden if len(hidden) == len(wanted) else hidden.index_select(0, wanted)
-            logits = self._model.logits(own)
+            logits = self._logits(own)
             sampled = sample(logits, [batch.rows[index] for index in sampling])
             for index, result in zip(sampling, sampled, strict=True):
                 results[index] = result
         if scores:
-            return score_prompts(batch.rows, hidden, results, self._model.logits)
+            return score_prompts(batch.rows, hidden, results, self._logits)
         return results
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._model.logits(self._ops, hidden)
 
     @torch.inference_mode()
     def warm_up(self) -> float:
@@ -224,6 +232,18 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton, streams and events go to the one that is current
     return device
+
+
+def check_fp8(config: EngineConfig, device: torch.device) -> None:
+    """ValueError where the configuration asks for FP8 of a CUDA device that does not know it."""
+    if "fp8" not in (config.quantization, config.kv_cache_dtype) or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
+        raise ValueError(
+            f"fp8 needs compute capability {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]},"
+            f" the device has {capability[0]}.{capability[1]}"
+        )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -10,28 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoinfer_engine.core.config import CheckpointError
 from nanoinfer_engine.core.progress import LoadProgress, Progress
-from nanoinfer_engine.models import LanguageModel
-from nanoinfer_engine.models.layout import CheckpointLayout
+from nanoinfer_engine.models import Decoder
+from nanoinfer_engine.models.names import CheckpointLayout
+from nanoinfer_engine.ops.linear import Copy, Linear
 from nanoinfer_engine.weights.checkpoints import Checkpoint, Part
 from nanoinfer_engine.weights.staging import Staging
 
-Filled = Callable[[str], None]
-"""Called with the name of each module once its last tensor is in place."""
-
 SAMPLE_BYTES = 4096
-
-
-def leave(_name: str) -> None:
-    """Takes a module as it came from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +47,17 @@ class Placement:
         return self.shape[::-1] if self.transposed else self.shape
 
     @property
-    def module(self) -> str:
-        """The module whose parameter it fills."""
-        return self.parameter.rpartition(".")[0]
-
-    @property
     def numel(self) -> int:
         """Elements of the tensor."""
         return torch.Size(self.shape).numel()
 
 
 def load_weights(
-    model: LanguageModel,
+    model: Decoder,
     checkpoint: Checkpoint,
     layout: CheckpointLayout,
     device: torch.device,
     progress: Progress,
-    filled: Filled = leave,
     placements: Sequence[Placement] | None = None,
 ) -> str:
     """Fill `model` (on the meta device) from `checkpoint`; returns the fingerprint in hex.
@@ -78,9 +65,8 @@ def load_weights(
     `placements` say from where, if not as `plan_placements` does; the fingerprint is of the whole
     tensors that they name. What none fills is 0.
 
-    Memory is allocated only once all names and shapes fit, and for a parameter only when its first
-    tensor comes: `filled` may replace a module by a smaller one. Tensors come in the order of their
-    files, so that one file is open at a time; values are converted to the parameters' dtype.
+    Memory is allocated only once all names and shapes fit. Tensors come in the order of their
+    files, so that one file is open at a time; a module keeps them in its own format.
     Raises CheckpointError naming the missing, unexpected or misshapen tensor.
     """
     if placements is None:
@@ -89,67 +75,44 @@ def load_weights(
     parameters = dict(model.named_parameters())
     sizes = [each.numel * parameters[each.parameter].element_size() for each in placements]
     total, loaded = sum(sizes), 0
-    missing = Counter(placement.module for placement in placements)
     samples: dict[str, str] = {}
-    staging = Staging(device) if device.type == "cuda" else None
+    for module in model.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            model.allocate(module, device)
+    copy: Copy = Staging(device).copy if device.type == "cuda" else _copy
     progress(LoadProgress(0, total, 1, checkpoint.num_shards))
     for placement, size in zip(placements, sizes, strict=True):
         stored = checkpoint.read(placement.stored_name, placement.part)
-        _place(model, placement, stored, device, staging)
-        missing[placement.module] -= 1
-        if not missing[placement.module]:
-            filled(placement.module)
+        _place(model, placement, stored, copy)
         name = _plain_name(placement.stored_name, layout.prefix)
         if name not in samples:
             samples[name] = _digest(checkpoint, placement.stored_name)
         loaded += size
         shard = checkpoint.shard(placement.stored_name) + 1
         progress(LoadProgress(loaded, total, shard, checkpoint.num_shards))
-    for parameter, value in list(model.named_parameters()):
-        if value.is_meta:
-            _allocate(model, parameter, device)
     _check_tied(checkpoint, layout, placements, model)
     lines = (f"{name} {digest}\n" for name, digest in sorted(samples.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _place(
-    model: LanguageModel,
-    placement: Placement,
-    stored: Tensor,
-    device: torch.device,
-    staging: Staging | None,
-) -> None:
-    """Copy a tensor to where it belongs; the first of a parameter brings its memory."""
-    target = model.get_parameter(placement.parameter)
-    if target.is_meta:
-        target = _allocate(model, placement.parameter, device)
+def _place(model: Decoder, placement: Placement, stored: Tensor, copy: Copy) -> None:
+    """Copy a tensor to where it belongs, in the format of its module."""
     tensor = stored.t() if placement.transposed else stored
-    part = target[placement.first : placement.first + placement.shape[0]]
-    part.copy_(tensor) if staging is None else staging.copy(tensor, part)
+    name, _, kind = placement.parameter.rpartition(".")
+    module = model.get_submodule(name)
+    if isinstance(module, Linear) and kind == "weight":
+        module.load_rows(placement.first, tensor, copy)
+        return
+    target = model.get_parameter(placement.parameter)
+    copy(tensor, target[placement.first : placement.first + placement.shape[0]])
 
 
-def _allocate(model: LanguageModel, name: str, device: torch.device) -> nn.Parameter:
-    """Give a parameter zeroed memory on `device`.
-
-    On the CPU a matrix that multiplies lies in memory as [in, out] (same shape, other strides): MKL
-    then takes a quarter to a half less time for 4 to 32 rows, and no more for one.
-    """
-    module = model.get_submodule(name.rpartition(".")[0])
-    parameter = model.get_parameter(name)
-    multiplies = isinstance(module, nn.Linear)
-    multiplies |= module is model.embedding and model.head is None
-    if multiplies and parameter.ndim == 2 and device.type == "cpu":
-        memory = torch.zeros(parameter.shape[::-1], dtype=parameter.dtype).t()
-    else:
-        memory = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-    allocated = nn.Parameter(memory, requires_grad=False)
-    setattr(module, name.rpartition(".")[2], allocated)
-    return allocated
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
 
 
 def plan_placements(
-    model: LanguageModel, checkpoint: Checkpoint, layout: CheckpointLayout
+    model: Decoder, checkpoint: Checkpoint, layout: CheckpointLayout
 ) -> list[Placement]:
     """Where each tensor goes; CheckpointError unless names and shapes match one to one."""
     stored = _stored_names(checkpoint, layout)
@@ -212,7 +175,7 @@ def _check_tied(
     checkpoint: Checkpoint,
     layout: CheckpointLayout,
     placements: Sequence[Placement],
-    model: LanguageModel,
+    model: Decoder,
 ) -> None:
     """A tied tensor that is stored again must say the same."""
     if layout.tied is None:

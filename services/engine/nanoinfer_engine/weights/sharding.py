@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
-from torch import Tensor, nn
 
 from nanoinfer_engine.core.config import ModelConfig
-from nanoinfer_engine.models import LanguageModel, build_model, checkpoint_layout
-from nanoinfer_engine.models.decoder import Decoder, Layer
+from nanoinfer_engine.models import Decoder, build_model, checkpoint_layout
 from nanoinfer_engine.ops.collectives import Rank
+from nanoinfer_engine.ops.linear import FullLinear, Linear
 from nanoinfer_engine.weights.checkpoints import Checkpoint, Part
 from nanoinfer_engine.weights.loading import Placement, plan_placements
 
@@ -26,7 +24,7 @@ from nanoinfer_engine.weights.loading import Placement, plan_placements
 class Share:
     """A rank's model (on the meta device), its sizes, and where its parameters are stored."""
 
-    model: LanguageModel
+    model: Decoder
     config: ModelConfig
     placements: Sequence[Placement]
     num_parameters: int
@@ -34,21 +32,27 @@ class Share:
 
 
 def take_share(
-    checkpoint: Checkpoint, rank: Rank, max_positions: int, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    rank: Rank,
+    max_positions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    linear: type[Linear] = FullLinear,
 ) -> Share:
-    """What `rank` has of the checkpoint's model; the model itself where the rank is alone.
+    """A rank's part of the checkpoint's model; the model itself where the rank is alone.
+
+    `linear` is the format of the layers' weights.
 
     Raises CheckpointError for tensors that do not fit and ValueError for a model that cannot be
     shared by so many.
     """
     whole, layout = checkpoint.config, checkpoint_layout(checkpoint.config)
     config = local_config(whole, rank.size)
-    model = build_model(config, max_positions, dtype, device)
+    model = build_model(config, max_positions, dtype, device, linear)
     of_all = model if rank.size == 1 else build_model(whole, 1, dtype, device)
     placements: Iterable[Placement] = plan_placements(of_all, checkpoint, layout)
     num_parameters = sum(placement.numel for placement in placements)
     if rank.size > 1:
-        _join_up(cast(Decoder, model), whole.vocab_size, rank)
         placements = (piece for each in placements for piece in _pieces(each, whole, rank))
     return Share(model, config, tuple(placements), num_parameters)
 
@@ -81,39 +85,6 @@ def local_config(config: ModelConfig, size: int) -> ModelConfig:
     )
 
 
-class VocabularyShare(nn.Embedding):
-    """The embedding of a range of ids; other ranks add theirs."""
-
-    def __init__(self, embedding: nn.Embedding, rank: Rank) -> None:
-        """`embedding` has the range's rows."""
-        size, width = embedding.weight.shape
-        super().__init__(size, width, _weight=embedding.weight)
-        self._rank = rank
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[tokens] ids of the whole vocabulary → [tokens, hidden], the same on every rank."""
-        local = input - self._rank.index * self.num_embeddings
-        outside = (local < 0) | (local >= self.num_embeddings)
-        rows = super().forward(local.masked_fill(outside, 0))
-        return self._rank.add_up(rows.masked_fill(outside.unsqueeze(1), 0))
-
-
-def _join_up(model: Decoder, vocab_size: int, rank: Rank) -> None:
-    """Let the shares give together what the whole model gives."""
-
-    def add_up(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-        return rank.add_up(output)
-
-    for layer in model.layers:
-        cast(Layer, layer).attention.register_forward_hook(add_up)
-        cast(Layer, layer).mlp.register_forward_hook(add_up)
-    model.embedding = VocabularyShare(model.embedding, rank)
-    logits_of_share = model.logits
-    model.logits = lambda hidden: rank.gather(  # type: ignore[method-assign]
-        logits_of_share(hidden), vocab_size
-    )
-
-
 def _pieces(placement: Placement, config: ModelConfig, rank: Rank) -> list[Placement]:
     """What a rank reads of a tensor of the whole model, and where it puts it."""
     module, _, kind = placement.parameter.rpartition(".")
@@ -125,7 +96,7 @@ def _pieces(placement: Placement, config: ModelConfig, rank: Rank) -> list[Place
     if name == "qkv":
         keys = config.num_kv_heads * config.head_dim
         return _parts(placement, (config.num_heads * config.head_dim, keys, keys), rank)
-    if name == "gate_up":
+    if name == "up":
         return _parts(placement, (config.intermediate_size, config.intermediate_size), rank)
     if name in ("output", "down"):
         if kind == "bias":  # added up with the products, so by one rank alone

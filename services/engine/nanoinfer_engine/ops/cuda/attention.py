@@ -6,7 +6,7 @@ not written, so blocks need no clearing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,6 @@ from nanoinfer_engine.ops.cuda.kernels.decode import (
 )
 from nanoinfer_engine.ops.cuda.kernels.heads import HeadTransform, rotate_and_write
 from nanoinfer_engine.ops.cuda.kernels.prompts import PromptShape, prompt_attention
-from nanoinfer_engine.ops.cuda.tuning import time_graph
 from nanoinfer_engine.ops.kv_cache import KVCache
 
 # cuDNN plans each new shape for 40 to 800 ms: only for large steps of equal, round lengths
@@ -31,23 +30,6 @@ _CUDNN_TOKENS, _CUDNN_MULTIPLE = 4096, 1024
 _PROMPT_SHAPE, _WIDE_PROMPT_SHAPE = PromptShape(64, 4, 2), PromptShape(32, 8, 2)
 
 Heads = tuple[Tensor, Tensor, Tensor]
-
-FALLBACK = AttentionShape(tile=64, num_warps=4, num_stages=3, prefetch=False, num_programs=1024)
-_FEW_ROWS = 16
-_SHAPES_OF_FEW = tuple(
-    AttentionShape(64, 4, 3, prefetch, num_programs)
-    for prefetch in (True, False)
-    for num_programs in (512, 1024, 2048)
-)
-_SHAPES_OF_MANY = tuple(
-    AttentionShape(*shape, False, num_programs)
-    for shape in ((64, 4, 4), (64, 4, 5), (32, 4, 5), (128, 8, 4))
-    for num_programs in (512, 1024, 2048, 4096)
-)
-TUNED_CONTEXT = 768
-"""At which shapes are compared: the longest context that short and long chats share."""
-
-_TUNED_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -77,53 +59,28 @@ class PagedAttention:
     """Attention on the device over `cache`, with head transform, for steps of any mix."""
 
     def __init__(
-        self, cache: KVCache, sliding_windows: Sequence[int | None], workspace: DecodeWorkspace
+        self,
+        cache: KVCache,
+        sliding_windows: Sequence[int | None],
+        workspace: DecodeWorkspace,
+        shape_of: Callable[[int], AttentionShape],
     ) -> None:
-        """`sliding_windows` has one entry per layer."""
+        """`sliding_windows` has one entry per layer; `shape_of` chooses by number of rows."""
         self._cache = cache
         self._windows = tuple(sliding_windows)
         self._workspace = workspace
-        self.shapes: dict[int, AttentionShape] = {}
+        self._shape_of = shape_of
+        self._shapes: dict[int, AttentionShape] = {}
 
-    def tune(self, heads: Heads, transform: HeadTransform, pdl_rows: int) -> None:
-        """Choose a shape per number of rows.
-
-        `heads` hold as many rows as a step may have. Writes into blocks that nobody may own yet.
-        """
-        chosen: dict[int, AttentionShape] = {}
-        most = len(heads[0])
-        blocks = -(-TUNED_CONTEXT // self._cache.block_size)
-        tables = torch.arange(most * blocks, device=heads[0].device, dtype=torch.int32)
-        tables = (tables % self._cache.num_blocks).view(most, blocks)
-        contexts = torch.full((most,), TUNED_CONTEXT, device=tables.device, dtype=torch.int32)
-        most_tokens = self._cache.num_blocks * self._cache.block_size
-        if transform.rotary is not None:
-            most_tokens = min(most_tokens, len(transform.rotary))
-        contexts.clamp_(max=most_tokens)
-        for rows in sorted({min(size, most) for size in (1, 8, 32, 64, 128, 256, most)}):
-            plan = PagedPlan(rows, tables[:rows], contexts[:rows], None)
-            part = (heads[0][:rows], heads[1][:rows], heads[2][:rows])
-            timings: dict[AttentionShape, float] = {}
-            for shape in _SHAPES_OF_FEW if rows <= _FEW_ROWS else _SHAPES_OF_MANY:
-                self.shapes = {rows: shape}
-                timings[shape] = self._time(part, transform, plan, pdl=rows <= pdl_rows)
-            chosen[rows] = min(timings, key=lambda each: timings[each])
-        self.shapes = chosen
-
-    def _time(self, heads: Heads, transform: HeadTransform, plan: PagedPlan, *, pdl: bool) -> float:
-        output = torch.empty(heads[0].shape, dtype=heads[0].dtype, device=heads[0].device)
-        layers = range(min(_TUNED_LAYERS, len(self._windows)))
-
-        def run() -> None:
-            for layer in layers:
-                self.attend(layer, heads, transform, plan, output, pdl=pdl)
-
-        return time_graph(run) / len(layers)
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self._cache.device
 
     def _shape(self, num_rows: int) -> AttentionShape:
-        """The shape of the next tuned size."""
-        sizes = [size for size in self.shapes if size >= num_rows]
-        return self.shapes[min(sizes)] if sizes else FALLBACK
+        if num_rows not in self._shapes:
+            self._shapes[num_rows] = self._shape_of(num_rows)
+        return self._shapes[num_rows]
 
     def attend(
         self,
