@@ -34,17 +34,15 @@ PACKAGES = (
 )
 SOURCES = {
     "admission": "nanoinfer_gateway/admission.py",
-    "block tables": "nanoinfer_engine/core/block_tables.py",
     "blocks": "nanoinfer_engine/core/blocks.py",
     "cpus": "nanoinfer_engine/step/cpus.py",
     "engine service": "nanoinfer_engine/server/service.py",
     "field checks": "nanoinfer_common/field_checks.py",
+    "in flight": "nanoinfer_engine/core/in_flight.py",
     "interceptors": "nanoinfer_common/interceptors.py",
     "messages": "nanoinfer_engine/server/messages.py",
-    "plan": "nanoinfer_engine/core/plan.py",
     "queue": "nanoinfer_engine/core/queue.py",
     "randomness": "nanoinfer_engine/sampling/randomness.py",
-    "rows": "nanoinfer_engine/core/rows.py",
     "sampler": "nanoinfer_engine/sampling/sampler.py",
     "scheduler": "nanoinfer_engine/core/scheduler.py",
     "shaping": "nanoinfer_engine/sampling/shaping.py",
@@ -102,9 +100,9 @@ FAULTS = (
     Fault("queue", "self._served.get(request.line, 0) + num_tokens", "num_tokens", "queue"),
     # who runs
     Fault(
-        "scheduler",
-        "for request in (*self._running, *self._waiting):",
-        "for request in self._running:",
+        "in flight",
+        "request.num_in_flight_tokens = request.num_unread_tokens = 0",
+        "request.num_in_flight_tokens = 0",
         "running ahead::test_a_step_may_be_lost_at_any_moment_under_preemption",
     ),
     Fault(
@@ -115,7 +113,13 @@ FAULTS = (
     ),
     Fault("scheduler", "self._waiting.charge(request, 1)", "pass", "queue"),
     Fault(
-        "scheduler",
+        "in flight",
+        "step[request] = 0",
+        "pass",
+        "running ahead::test_random_loads_under_memory_pressure",
+    ),
+    Fault(
+        "in flight",
         "request.num_computed_tokens = request.num_in_flight_tokens = 0",
         "request.num_computed_tokens = 0",
         "running ahead::test_random_loads_under_memory_pressure",
@@ -126,15 +130,15 @@ FAULTS = (
         "and times.arrived < oldest:",
         "scheduler",
     ),
-    Fault("plan", "sum(self.grants.values()), 0)", "0, 0)", "mixed steps"),
+    Fault("scheduler", "sum(self.grants.values()), 0)", "0, 0)", "mixed steps"),
     Fault(
-        "plan",
+        "scheduler",
         "elif num_tokens and request.wants_more:",
         "elif num_tokens:",
         "running ahead::test_decoding_goes_on_from_ids_that_nobody_has_read",
     ),
     Fault(
-        "rows",
+        "scheduler",
         "stop == num_known + num_unread,",
         "stop == num_known,",
         "running ahead::test_random_loads_under_memory_pressure",
@@ -156,13 +160,13 @@ FAULTS = (
     ),
     Fault("blocks", "self._num_users[block_id] += 1", "self._num_users[block_id] = 1", "blocks"),
     Fault(
-        "block tables",
+        "blocks",
         "num_blocks = (request.num_tokens - 1) // self._block_size",
         "num_blocks = request.num_tokens // self._block_size",
         "prefix cache::test_the_last_token_is_always_computed",
     ),
     Fault(
-        "block tables",
+        "blocks",
         'b"tenant\\0" + request.tenant.encode()',
         'b"tenant\\0"',
         "prefix cache::test_salts_and_tenants_keep_apart",

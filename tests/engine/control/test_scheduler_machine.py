@@ -161,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(held)) + len(unused) == self.runner.num_blocks
         assert set(pool._kept) <= set(pool._names)
         for request in self.live:  # what may still be written has one owner
-            full = request.num_computed_tokens // BLOCK_SIZE
+            full = request.num_granted_tokens // BLOCK_SIZE
             assert all(held.count(block) == 1 for block in request.block_ids[full:])
         load = self.scheduler.load
         assert round(load.kv_usage * self.runner.num_blocks) == len(set(held))

@@ -6,24 +6,76 @@ than what is pending, decoding is a pending count of 1, and preemption sets the 
 to 0 and lets the same rule run again. Once everything known is computed, the row samples.
 
 Running requests have one order: higher priority first, then arrival. The first in that order is
-never preempted but for a higher priority, so it ends, and so does everybody behind it. Whose turn
-it is to start is the queue's to say (`waiting`), which blocks can be had `block_tables`'.
+never preempted but for a higher priority, so it ends, and so does everybody behind it. `queue` says
+whose turn it is to start, `blocks` which blocks can be had, `in_flight` what launched steps will
+give.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 
-from nanoinfer_engine.core.batch import Batch, RowResult, StepKind
-from nanoinfer_engine.core.block_tables import BlockTables
+from nanoinfer_engine.core.batch import Batch, BatchRow, RowResult, ScoredPrompt, StepKind
+from nanoinfer_engine.core.blocks import BlockTables
 from nanoinfer_engine.core.capacity import Capacity, Load
 from nanoinfer_engine.core.config import EngineConfig
 from nanoinfer_engine.core.errors import QueueTimeoutError
-from nanoinfer_engine.core.plan import ORDER, Plan, StepLimit, StepsInFlight, split
+from nanoinfer_engine.core.in_flight import InFlight
 from nanoinfer_engine.core.queue import WaitingQueue
-from nanoinfer_engine.core.request import FinishReason, Request, RequestOutput
-from nanoinfer_engine.core.rows import make_rows, take_result
+from nanoinfer_engine.core.request import FinishReason, Request, RequestOutput, SampledToken
+
+# Steps that went well, after which a step may be twice as large again.
+_STEPS_TO_GROW = 256
+ORDER = attrgetter("order")
+
+
+@dataclass
+class Plan:
+    """Tokens granted to each request, and what is left to grant."""
+
+    budget: int
+    grants: dict[Request, int] = field(default_factory=dict)
+
+    def grant(self, request: Request, num_tokens: int) -> None:
+        """Grant tokens to a request that has none yet."""
+        self.grants[request] = num_tokens
+        self.budget -= num_tokens
+
+    def cap(self, max_tokens: int) -> None:
+        """Let the step have no more tokens in all, but for those that are granted already."""
+        self.budget = min(self.budget, max(max_tokens - sum(self.grants.values()), 0))
+
+    def revoke(self, request: Request) -> None:
+        """Take back what the request was granted, if anything."""
+        self.budget += self.grants.pop(request, 0)
+
+
+class StepLimit:
+    """Most tokens of a step: the setting's, or less for a while after memory ran out."""
+
+    def __init__(self, max_batch_tokens: int) -> None:
+        """Begin with `max_batch_tokens`, which is never exceeded."""
+        self.num_tokens = max_batch_tokens
+        self._most = max_batch_tokens
+        self._num_good_steps = 0
+
+    def shrink(self) -> bool:
+        """Halve; False where a step cannot be smaller."""
+        self._num_good_steps = 0
+        self.num_tokens //= 2
+        if self.num_tokens:
+            return True
+        self.num_tokens = 1
+        return False
+
+    def record_success(self) -> None:
+        """A step went well."""
+        self._num_good_steps += 1
+        if self._num_good_steps % _STEPS_TO_GROW == 0:
+            self.num_tokens = min(self._most, 2 * self.num_tokens)
 
 
 class Scheduler:
@@ -47,7 +99,7 @@ class Scheduler:
         )
         self._waiting = WaitingQueue()
         self._running: dict[Request, None] = {}  # a set that keeps its order
-        self._in_flight = StepsInFlight()
+        self._in_flight = InFlight()
         self._started: list[Request] = []
         self._num_arrived = 0
         self._limit = StepLimit(config.max_batch_tokens)
@@ -91,7 +143,7 @@ class Scheduler:
 
     def fail_running(self, error: Exception) -> list[RequestOutput]:
         """End everything that has been granted tokens, because a step failed as a whole."""
-        self._forget_in_flight()
+        self._in_flight.lose()
         return [self._end(r, FinishReason.ERROR, error) for r in tuple(self._running)]
 
     def retry_smaller(self) -> bool:
@@ -101,7 +153,7 @@ class Scheduler:
         """
         if not self._limit.shrink():
             return False
-        self._forget_in_flight()
+        self._in_flight.lose()
         for request in tuple(self._running):
             self._tables.forget(request)
             self._preempt(request)
@@ -135,7 +187,7 @@ class Scheduler:
         """
         plan = Plan(self._limit.num_tokens)
         self._make_way()
-        decodes, prefills = split(self._running)
+        decodes, prefills = _split(self._running)
         may_start = self._grant_decodes(plan, decodes)
         for request in prefills:
             if may_start:
@@ -146,8 +198,8 @@ class Scheduler:
             self._start_waiting(plan)
         if not plan.grants:
             return None
-        rows = make_rows(plan.grants, self._config.block_size, self._in_flight.last_rows())
-        self._in_flight.begin(plan.grants)
+        rows = _make_rows(plan.grants, self._config.block_size, self._in_flight.last_rows())
+        self._in_flight.launch(plan.grants, rows)
         return Batch(rows)
 
     def update(
@@ -160,17 +212,13 @@ class Scheduler:
         """
         now = self._clock()
         outputs: list[RequestOutput] = []
-        granted = self._in_flight.end()
-        for (request, is_preempted), row, result in zip(granted, batch.rows, results, strict=True):
+        ended = self._in_flight.end(batch.rows)
+        for request, row, result in zip(ended, batch.rows, results, strict=True):
             if request not in self._running and request not in self._waiting:
                 continue
-            request.num_unread_tokens -= row.samples
             request.num_graph_replays += kind == "graph"
-            if not is_preempted:
-                request.num_in_flight_tokens -= row.num_tokens
-                request.num_computed_tokens += row.num_tokens
             try:
-                output = take_result(request, row, result, now)
+                output = _take_result(request, row, result, now)
             except Exception as error:
                 outputs.append(self._end(request, FinishReason.ERROR, error))
                 continue
@@ -182,12 +230,6 @@ class Scheduler:
             outputs.append(output)
         self._limit.record_success()
         return outputs
-
-    def _forget_in_flight(self) -> None:
-        """What is in flight will give nothing: the ids that were sampled there come anew."""
-        self._in_flight.clear()
-        for request in (*self._running, *self._waiting):
-            request.num_unread_tokens = 0
 
     def _make_way(self) -> None:
         """Preempt lower priorities, the last in order first, if that lets the next one start.
@@ -302,8 +344,95 @@ class Scheduler:
         """Take a request's blocks; its arrival puts it back at the head of its class."""
         del self._running[request]
         self._tables.release(request)
-        request.num_computed_tokens = request.num_in_flight_tokens = 0
+        self._in_flight.preempt(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
         request.add_event("preempted", self._clock())
         self._waiting.add(request)
+
+
+def _split(running: Iterable[Request]) -> tuple[list[Request], list[Request]]:
+    """Of running requests who wants but one token, and who needs more, both in their order."""
+    decodes, prefills = [], []
+    for request in sorted(running, key=ORDER):
+        num_tokens = request.num_pending_tokens
+        if num_tokens > 1:
+            prefills.append(request)
+        elif num_tokens and request.wants_more:
+            decodes.append(request)
+    return decodes, prefills
+
+
+def _make_rows(
+    grants: Mapping[Request, int], block_size: int, last_rows: Mapping[Request, int]
+) -> tuple[BatchRow, ...]:
+    """A row for each grant; `last_rows` are the requests' in the step before, while in flight."""
+    rows = []
+    num_rows = len(grants)
+    for request, num_tokens in grants.items():
+        row = _make_row(request, num_tokens, block_size, last_rows.get(request))
+        if not request.completion_token_ids and not request.num_unread_tokens:
+            request.num_prefill_chunks += 1
+        request.num_steps += 1
+        if num_rows > request.max_batch_size:
+            request.max_batch_size = num_rows
+        rows.append(row)
+    return tuple(rows)
+
+
+def _make_row(request: Request, num_tokens: int, block_size: int, last_row: int | None) -> BatchRow:
+    start = request.num_granted_tokens
+    stop = start + num_tokens
+    num_known, num_unread = request.num_tokens, request.num_unread_tokens
+    sampling, stopping = request.sampling, request.stopping
+    num_completion_tokens = len(request.completion_token_ids) + num_unread
+    return BatchRow(
+        () if start >= num_known else request.tokens(start, stop),
+        start,
+        request.block_ids[: -(-stop // block_size)],
+        stop == num_known + num_unread,
+        sampling,
+        stopping.masked_token_ids(num_completion_tokens),
+        request.token_counts,
+        () if sampling.num_prompt_logprobs is None else request.scored_token_ids(start, stop),
+        last_row if stop > num_known else None,
+        request.number,
+        request.prompt_key,
+    )
+
+
+def _take_result(
+    request: Request, row: BatchRow, result: RowResult, now: int
+) -> RequestOutput | None:
+    """Add to the request what its row gave; None where the row did not sample.
+
+    The output has a finish reason where the token ends the request. Raises the row's own failure.
+    """
+    if isinstance(result, Exception):
+        raise result
+    if isinstance(result, ScoredPrompt):
+        request.prompt_logprobs[row.start :] = result.tokens
+        result = result.sampled
+    if result is None:
+        return None
+    is_first = not request.completion_token_ids
+    output = _append(request, result, now)
+    if is_first and request.prompt_logprobs:
+        output = output._replace(prompt_logprobs=tuple(request.prompt_logprobs))
+    return output
+
+
+def _append(request: Request, sampled: SampledToken, now: int) -> RequestOutput:
+    times, stopping = request.times, request.stopping
+    if times.first_token is None:
+        times.first_token = now
+    if times.last_token is not None:
+        times.token_gap = now - times.last_token
+    times.last_token = now
+    request.append(sampled.token_id)
+    is_stop_id = sampled.token_id in stopping.stop_token_ids
+    if is_stop_id or sampled.token_id in stopping.eos_token_ids:
+        visible = (sampled,) if is_stop_id and stopping.include_stop_token else ()
+        return RequestOutput(request, visible, FinishReason.STOP, sampled.token_id)
+    is_last = len(request.completion_token_ids) >= stopping.max_tokens
+    return RequestOutput(request, (sampled,), FinishReason.LENGTH if is_last else None)
