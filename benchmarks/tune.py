@@ -39,6 +39,7 @@ from random_weights import SHAPES, RandomCheckpoint
 from torch import Tensor
 
 TABLES = Path(products.__file__).parent / "tables"
+FORMATS = ("full", "fp8")
 TUNED_BYTES = 256 << 20
 CLOSE, BETTER = 1.25, 0.998
 """How much longer a shape may take alone to be tried in a step, and what counts as faster there."""
@@ -100,11 +101,11 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
-def kinds(config: ModelConfig) -> Iterator[ProductKind]:
+def kinds(config: ModelConfig, formats: Sequence[str] = FORMATS) -> Iterator[ProductKind]:
     """The products of a model, in full precision and with 8-bit weights."""
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    for scaled in (False, True):
+    for scaled in (name == "fp8" for name in formats):
         yield ProductKind(heads, hidden, False, False, scaled)
         yield ProductKind(hidden, config.num_heads * config.head_dim, False, True, scaled)
         yield ProductKind(inner, hidden, True, False, scaled)
@@ -290,19 +291,20 @@ def main(argv: Sequence[str]) -> int:
     """Measure what the table lacks, write it; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=["0.6b", "8b"])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--again", action="store_true", help="measure known sizes again, too")
     parser.add_argument("--out", type=Path, default=TABLES)
     arguments = parser.parse_args(argv)
     card = torch.cuda.get_device_name()
     path = arguments.out / f"{card.lower().replace(' ', '-')}.json"
     table = TuningTable({}, {})
-    if path.exists() and not arguments.again:
+    if path.exists():
         table = products.table_from_json(json.loads(path.read_text()))
     for name in arguments.shapes:
         config = SHAPES[name]
-        ranked = {
-            kind: product_shapes(kind) for kind in kinds(config) if kind not in table.products
-        }
+        wanted = kinds(config, arguments.formats)
+        lacking = [kind for kind in wanted if arguments.again or kind not in table.products]
+        ranked = {kind: product_shapes(kind) for kind in lacking}
         for kind, shapes in ranked.items():
             table.products[kind] = {rows: order[0] for rows, order in shapes.items()}
         key = config.num_kv_heads, config.head_dim
