@@ -29,14 +29,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from nanoinfer_engine.batch import EndedStep, Runner, StepTiming
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.ranks import ParallelRunner
-from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.batch import EndedStep, Runner, StepTiming
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.parallel.ranks import ParallelRunner
+from nanoinfer_engine.step.runner import ModelRunner
 from random_weights import SHAPES, RandomCheckpoint
 
 # tokens per second that the bytes of weights and cache, or the matrix units, allow on one H200

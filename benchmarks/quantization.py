@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.request import SamplingOptions
+from nanoinfer_engine.ops.attention import ReferenceAttention
+from nanoinfer_engine.ops.reference import ReferenceOps, ReferenceStep
+from nanoinfer_engine.step.inputs import build_inputs
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -52,15 +53,16 @@ def logits(config: EngineConfig, texts: Sequence[tuple[list[int], int]]) -> Tens
     """[tokens, vocabulary] in float64 on the CPU; the model loaded as the service does."""
     runner = ModelRunner(config)
     model, cache = runner._model, runner._cache
-    backend = make_backend("reference", cache, runner.model_config.sliding_windows)
+    attention = ReferenceAttention(cache, runner.model_config.sliding_windows)
+    ops = ReferenceOps(attention)
     parts = []
     for ids, _ in texts:
         blocks = tuple(range(-(-len(ids) // config.block_size)))
         batch = Batch((BatchRow(tuple(ids), 0, blocks, True, GREEDY),))
         inputs = build_inputs(batch, config.block_size, cache.device)
-        plan = backend.plan(inputs.attention)
-        hidden = model(inputs.token_ids, inputs.positions, backend, plan)
-        parts.append(model.logits(hidden).double().cpu())
+        plan = attention.plan(inputs.attention)
+        hidden = model(ops, ReferenceStep(inputs.token_ids, inputs.positions, plan))
+        parts.append(model.logits(ops, hidden).double().cpu())
     return torch.cat(parts)
 
 

@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Mapping
 
 import torch
-from nanoinfer_engine.checkpoints import Part
-from nanoinfer_engine.config import ModelConfig, RopeConfig
+from nanoinfer_engine.core.config import ModelConfig, RopeConfig
 from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.weights.checkpoints import Part
 from torch import Tensor
 
 

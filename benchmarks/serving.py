@@ -41,7 +41,7 @@ from launch import Stack, stack
 from load import Target, measure
 from nanoinfer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from nanoinfer_common.channels import DIRECT
-from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.core.config import EngineConfig
 from random_text import random_text, write_ranks
 from random_weights import SHAPES
 from startup import write_checkpoint

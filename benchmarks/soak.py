@@ -37,9 +37,9 @@ import structlog
 from nanoinfer.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
 from nanoinfer_common.channels import DIRECT
 from nanoinfer_common.server import ServiceStatus, running
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.service import EngineService
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.server.service import EngineService
+from nanoinfer_engine.server.settings import EngineSettings
+from nanoinfer_engine.step.runner import ModelRunner
 
 TIE = 1e-4
 MEMORY_MARGIN = 32 * 2**20

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 # torch and the engine are imported where they are needed: a fresh process measures just that
 if TYPE_CHECKING:
-    from nanoinfer_engine.config import ModelConfig
+    from nanoinfer_engine.core.config import ModelConfig
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """What `model_formats` reads as `config`."""
+    """`config` as `models.model_config` reads it."""
     renamed = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
     renamed |= {"num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
     renamed |= {"activation": "hidden_act"}
@@ -78,9 +78,9 @@ def write_checkpoint(
 def load(directory: Path, device: str) -> dict[str, float]:
     """Seconds of each part of a start in this fresh process; loading opens the device, too."""
     began = time.perf_counter()
-    from nanoinfer_engine.config import EngineConfig
-    from nanoinfer_engine.progress import LoadProgress
-    from nanoinfer_engine.runner import ModelRunner
+    from nanoinfer_engine.core.config import EngineConfig
+    from nanoinfer_engine.core.progress import LoadProgress
+    from nanoinfer_engine.step.runner import ModelRunner
 
     imported = time.perf_counter()
     seen: list[tuple[float, LoadProgress]] = []

@@ -15,11 +15,11 @@ import time
 
 from nanoinfer_common.config import parse_settings
 from nanoinfer_common.server import serve
-from nanoinfer_engine.batch import Batch, RowResult, StepTiming
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.request import SampledToken
-from nanoinfer_engine.service import EngineService
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.core.batch import Batch, RowResult, StepTiming
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.request import SampledToken
+from nanoinfer_engine.server.service import EngineService
+from nanoinfer_engine.server.settings import EngineSettings
 from random_weights import SHAPES
 
 # seconds of a step, of each decode row and of each prompt token in it: from scenarios a and c, and
@@ -49,7 +49,7 @@ class TimedStep:
 
 
 class TimedRunner:
-    """A `nanoinfer_engine.batch.Runner` that computes nothing."""
+    """A `nanoinfer_engine.core.batch.Runner` that computes nothing."""
 
     model_config = SHAPES["0.6b"]
     vocab_size = model_config.vocab_size

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
-from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.core.config import EngineConfig
 
 from benchmarks.scale.autoscaler import (
     SYNC_SECONDS,

@@ -77,8 +77,8 @@ def test_a_share_that_fails_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch
 def test_steps_of_a_timed_device_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import timed_engine
-    from nanoinfer_engine.batch import Batch, BatchRow
-    from nanoinfer_engine.config import EngineConfig
+    from nanoinfer_engine.core.batch import Batch, BatchRow
+    from nanoinfer_engine.core.config import EngineConfig
 
     clock = Clock()
     monkeypatch.setattr(timed_engine, "time", clock)

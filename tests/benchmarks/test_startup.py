@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
-from nanoinfer_engine.config import ModelConfig
-from nanoinfer_engine.model_formats import read_huggingface_config
+from nanoinfer_engine.core.config import ModelConfig
+from nanoinfer_engine.models.model_config import read_huggingface_config
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.variables import SETTINGS, unknown_variables
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.server.settings import EngineSettings
 from nanoinfer_gateway.settings import GatewaySettings
 from nanoinfer_tokenizer.settings import TokenizerSettings
 

@@ -11,7 +11,7 @@ from unittest import mock
 import grpc
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc, generation_pb2
 from nanoinfer_common.config import ENV_PREFIX, ServiceSettings
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.server.settings import EngineSettings
 from nanoinfer_gateway.settings import GatewaySettings
 from nanoinfer_tokenizer.settings import TokenizerSettings
 from prometheus_client.parser import text_string_to_metric_families

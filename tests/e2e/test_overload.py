@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import generation_pb2
-from nanoinfer_engine.batch import Batch, RowResult
+from nanoinfer_engine.core.batch import Batch, RowResult
 
 from tests.e2e.small_stack import SmallStack, small_stack, words
 from tests.engine.fakes import FakeRunner, expected_tokens

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from nanoinfer_engine.batch import Batch, BatchRow, RowResult, Step
-from nanoinfer_engine.config import EngineConfig, ModelConfig, RopeConfig
-from nanoinfer_engine.request import (
+from nanoinfer_engine.core.batch import Batch, BatchRow, RowResult, Step
+from nanoinfer_engine.core.config import EngineConfig, ModelConfig, RopeConfig
+from nanoinfer_engine.core.request import (
     Logprob,
     Request,
     RequestTimes,

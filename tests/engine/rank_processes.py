@@ -10,9 +10,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nanoinfer_engine.collectives import Rank
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.peers import find_meeting_place, join, open_meeting_place
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.ops.collectives import Rank
+from nanoinfer_engine.parallel.peers import find_meeting_place, join, open_meeting_place
 
 
 def run_ranks(

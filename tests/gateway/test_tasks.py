@@ -24,7 +24,7 @@ OWNERS = {
     "services/common/nanoinfer_common/tasks.py",
     "services/common/nanoinfer_common/sending.py",
     "services/common/nanoinfer_common/server.py",
-    "services/engine/nanoinfer_engine/engine.py",
+    "services/engine/nanoinfer_engine/core/engine.py",
     "gateway/nanoinfer_gateway/generation.py",
     "gateway/nanoinfer_gateway/vocabulary.py",
 }

@@ -68,7 +68,7 @@ class CapturedSteps:
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """In the place of CUDA, until `patch` is undone."""
-    from nanoinfer_engine import device_steps
+    from nanoinfer_engine.step import device_steps
 
     def unpinned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*arguments: Any, pin_memory: bool = False, **more: Any) -> Tensor:
@@ -77,7 +77,6 @@ def install(patch: pytest.MonkeyPatch) -> None:
         return made
 
     patch.setattr(device_steps, "CapturedSteps", CapturedSteps)
-    patch.setattr(device_steps, "_PDL_ROWS", 0)  # the interpreter has no dependent launch
     for name in ("zeros", "empty"):
         patch.setattr(torch, name, unpinned(getattr(torch, name)))
     patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-decode = pytest.importorskip("nanoinfer_engine.kernels.decode")
-heads = pytest.importorskip("nanoinfer_engine.kernels.heads")
+decode = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.decode")
+heads = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.heads")
 
 pytestmark = pytest.mark.gpu
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, Step
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.collectives import ALONE, Rank
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.batch import Batch, Step
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.ops.collectives import ALONE, Rank
 
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.gpu import fake_cuda
-from tests.gpu.test_fused_decoder import BLOCK_SIZE, GREEDY, make_decoder
+from tests.gpu.test_cuda_ops import BLOCK_SIZE, GREEDY, make_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,13 +36,6 @@ COUNTED = SamplingOptions(0.0, 0, 1.0, 0.0, 0, presence_penalty=1.5, num_logprob
 SCORED = SamplingOptions(0.0, 0, 1.0, 0.0, 0, num_prompt_logprobs=1)
 
 
-class NothingChosen:
-    """A choice file with what the decoder takes without measuring."""
-
-    def read(self) -> dict[str, object]:
-        return {}
-
-
 @dataclass
 class Served:
     token_ids: list[list[int]]
@@ -53,8 +46,8 @@ class Served:
 def make_steps(
     path: Path, patch: pytest.MonkeyPatch, *, mixed_graphs: bool, rank: Rank = ALONE
 ) -> Any:
-    from nanoinfer_engine import device_steps
-    from nanoinfer_engine import mixed_graphs as sizes
+    from nanoinfer_engine.step import device_steps
+    from nanoinfer_engine.step import mixed_graphs as sizes
 
     fake_cuda.install(patch)
     patch.setattr(device_steps, "padded_sizes", lambda _: [1, MAX_ROWS])
@@ -63,18 +56,16 @@ def make_steps(
     patch.setattr(sizes, "_TOKENS", (20, 64))
     device = torch.device("cpu")
     with torch.inference_mode():
-        decoder = make_decoder(path, device)
-        patch.setattr(decoder, "restore", lambda _: True)
+        made = make_model(path, device)
         steps = device_steps.DeviceSteps(
-            decoder,
+            made.model,
+            made.ops,
             VOCAB_SIZE,
             BLOCK_SIZE,
             MAX_ROWS,
             MAX_TOKENS,
             MAX_MODEL_LEN,
-            NUM_BLOCKS,
             device,
-            NothingChosen(),  # type: ignore[arg-type]
             rank,
             mixed_graphs,
         )

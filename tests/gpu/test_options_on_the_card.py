@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.logprobs import measure, score
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import (
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import (
     Request,
     RequestTimes,
     SampledToken,
     SamplingOptions,
     StoppingOptions,
 )
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.scheduler import Scheduler
-from nanoinfer_engine.shaping import shape
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.sampling.logprobs import measure, score
+from nanoinfer_engine.sampling.shaping import shape
+from nanoinfer_engine.step.runner import ModelRunner
 
 from tests.gpu.test_runner import GREEDY, GUIDE, TIE, make_runner, prompts, transformers_model
 
@@ -144,8 +144,8 @@ def shaped_logits(
     reference: torch.nn.Module, request: Request, completion: Sequence[int]
 ) -> torch.Tensor:
     """What `request` chooses from after `completion`, by transformers and the host's shaping."""
-    from nanoinfer_engine.batch import BatchRow
-    from nanoinfer_engine.request import TokenCounts
+    from nanoinfer_engine.core.batch import BatchRow
+    from nanoinfer_engine.core.request import TokenCounts
 
     counts = None
     if request.sampling.has_penalties:

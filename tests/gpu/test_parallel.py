@@ -1,4 +1,4 @@
-"""Two GPUs against one: logits, tokens, graphs, memory; the fused decoder's shares on the CPU."""
+"""Two GPUs against one: logits, tokens, graphs, memory; shares by kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.collectives import ALONE, Rank
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.kv_cache import KVCache
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.progress import report_nothing
+from nanoinfer_engine.core.request import SamplingOptions
 from nanoinfer_engine.models import checkpoint_layout
-from nanoinfer_engine.parallel import take_share
-from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.ranks import ParallelRunner
-from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.ops.collectives import ALONE, Rank
+from nanoinfer_engine.ops.kv_cache import KVCache
+from nanoinfer_engine.parallel.ranks import ParallelRunner
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
+from nanoinfer_engine.weights.sharding import take_share
 
 from tests.engine.rank_processes import run_ranks
 from tests.gpu.test_runner import GUIDE, assert_same, device_logits, generate, make_runner, prompts
@@ -130,12 +130,13 @@ def test_the_runner_of_both(pair: ParallelRunner) -> None:
 
 
 def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list[torch.Tensor]:
-    """Logits of decode steps of one row and of three, by the fused decoder."""
-    from nanoinfer_engine.attention.paged import PagedAttention, PagedPlan
-    from nanoinfer_engine.kernels.decode import DecodeWorkspace
-    from nanoinfer_engine.kernels.linear import GemvShape
-    from nanoinfer_engine.models.fused import PRODUCTS, FusedDecoder
-    from nanoinfer_engine.models.fused_layer import StepTokens
+    """Logits of decode steps of one row and of three, by CUDA operations."""
+    from nanoinfer_engine.ops.cuda.attention import PagedPlan
+    from nanoinfer_engine.ops.cuda.backend import CudaStep
+    from nanoinfer_engine.ops.cuda.kernels.linear import GemvShape
+    from nanoinfer_engine.ops.cuda.products import ProductKind, TuningTable
+
+    from tests.gpu.test_cuda_ops import cuda_ops
 
     device, dtype = torch.device("cpu"), torch.float32
     checkpoint = open_checkpoint(path)
@@ -148,12 +149,9 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
         each.data = each.data.contiguous()  # as on a GPU; `weights` lays it out for MKL
     sizes = share.config
     cache = KVCache(sizes, 8, 16, dtype, device)
-    workspace = DecodeWorkspace(4, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, device)
-    backend = PagedAttention(cache, sizes.sliding_windows, workspace)
     vocab_size = checkpoint.config.vocab_size
-    decoder = FusedDecoder(share.model, sizes, backend, rank, vocab_size)  # type: ignore[arg-type]
-    if use_gemv:
-        decoder.table.choices = {name: {1: GemvShape(2, 64, 1)} for name in PRODUCTS}
+    own = {ProductKind(64, 64, False, False, False): {1: GemvShape(2, 64, 1)}} if use_gemv else {}
+    ops = cuda_ops(sizes, cache, rank, vocab_size, TuningTable(own, {}))
     source, answers = random.Random(2), []
     sampled = torch.tensor([source.randrange(vocab_size)], dtype=torch.int32)
     with torch.inference_mode():
@@ -167,14 +165,14 @@ def decode(config: EngineConfig, rank: Rank, path: Path, use_gemv: bool) -> list
                 torch.full((rows,), step + 1, dtype=torch.int32),
                 None,
             )
-            hidden = decoder.forward(StepTokens(ids, sources, sampled), plan)
-            answers.append(decoder.logits(hidden).clone())
+            stream = share.model(ops, CudaStep(ids, sources, sampled, plan))
+            answers.append(share.model.logits(ops, stream).clone())
     return answers
 
 
 @gpu
 @pytest.mark.parametrize(("kind", "use_gemv"), [("llama3", False), ("qwen3", True)])
-def test_the_fused_shares_give_the_whole(
+def test_the_shares_give_the_whole(
     kind: str, use_gemv: bool, device: torch.device, tmp_path: Path
 ) -> None:
     if device.type != "cpu":

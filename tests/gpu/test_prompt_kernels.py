@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-prompts = pytest.importorskip("nanoinfer_engine.kernels.prompts")
+prompts = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.prompts")
 
 pytestmark = pytest.mark.gpu
 

@@ -6,18 +6,26 @@ The interpreter of Triton 3.6 rounds to e4m3 wrongly (no carry out of the mantis
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from nanoinfer_engine.quantization import FP8, Fp8Linear, quantize_rows
+from nanoinfer_engine.ops.kv_cache import FP8, KVCache
+from nanoinfer_engine.ops.linear import Fp8Linear
+from nanoinfer_engine.ops.linear.fp8 import quantize_rows
+from nanoinfer_engine.ops.modules import Activation, Norm
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nanoinfer_engine.kernels import heads, linear, norms, quantize
-from nanoinfer_engine.linears import Linear, apply_linear
+from nanoinfer_engine.ops.cuda.kernels import heads, linear, norms, quantize
 
 from tests.gpu.test_attention_kernels import FEW, MANY, SHAPES, Case, run, transformed
 from tests.gpu.test_row_kernels import BOUND, DTYPES, normal, relative_error, rms_norm
+
+GUIDE = Path(__file__).resolve().parents[2] / "models" / "guide"
 
 pytestmark = pytest.mark.gpu
 stores_fp8 = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -218,8 +226,11 @@ def test_rotate_and_write(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 64, 500])
 def test_products_of_many_rows(rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    source = torch.nn.Linear(1024, 416, bias=True, device=device, dtype=dtype)
-    module = Fp8Linear(source.requires_grad_(False))
+    source = torch.nn.Linear(1024, 416, bias=True, device=device, dtype=dtype).requires_grad_(False)
+    with device:
+        module = Fp8Linear(1024, 416, dtype, bias=True)
+    module.load_rows(0, source.weight, lambda stored, target: target.copy_(stored))
+    module.bias.copy_(source.bias)  # type: ignore[union-attr]
     x = normal(rows, 1024, device=device, dtype=dtype, seed=1)
     exact = x.float() @ source.weight.float().T + source.bias.float()
     values, scales = quantize_rows(x)
@@ -229,10 +240,32 @@ def test_products_of_many_rows(rows: int, dtype: torch.dtype, device: torch.devi
     assert plain.dtype == dtype
     assert relative_error(plain, same) < 1e-2
     assert relative_error(plain, exact) < 5e-2
-    ours = Linear(module.weight, module.bias, module.scale)
-    assert relative_error(apply_linear(x, ours, None, False)[0], same) < 1e-2
-    gated = Linear(module.weight, module.bias, module.scale, gated=True)
-    gate, up = same.chunk(2, -1)
-    product = apply_linear(x, gated, None, False)[0]
-    assert product.dtype == dtype
-    assert relative_error(product, torch.nn.functional.silu(gate) * up) < 2e-2
+
+
+@stores_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 64, 500])
+def test_a_gated_mlp_in_8_bits(rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    from nanoinfer_engine.ops.cuda.backend import Stream
+
+    from tests.gpu.test_cuda_ops import cuda_ops
+
+    config = replace(open_checkpoint(GUIDE).config, hidden_size=1024, intermediate_size=512)
+    ops = cuda_ops(config, KVCache(config, 2, 16, dtype, device))
+    with device:
+        up, down = (Fp8Linear(1024, 1024, dtype), Fp8Linear(512, 1024, dtype))
+        norm = Norm(1024, 1e-5).to(dtype).requires_grad_(False)
+    norm.weight.fill_(1)
+    for index, module in enumerate((up, down)):
+        weight = normal(*module.weight.shape, device=device, dtype=dtype, seed=index)
+        module.load_rows(0, weight * 0.03, lambda stored, target: target.copy_(stored))
+    residual = normal(rows, 1024, device=device, dtype=dtype, seed=5)
+    activation = Activation("silu", gated=True)
+    expected = residual + down(activation(up(norm(residual))))
+    stream = Stream(residual.clone(), None, False)
+    stream = ops.add(stream, ops.project(stream, norm, up, activation), down)
+    parts = 0 if stream.delta is None else stream.delta.float().sum(0)
+    assert (
+        relative_error((stream.residual.float() + parts) - residual, expected.float() - residual)
+        < 5e-2
+    )

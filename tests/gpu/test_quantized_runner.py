@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.step.runner import ModelRunner
 from torch import Tensor
 
 from tests.gpu.test_runner import GREEDY, eager_logits, generate, make_runner, prompts

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nanoinfer_engine.models.decoder import ACTIVATIONS
+from nanoinfer_engine.ops.modules import ACTIVATIONS
 from torch import Tensor
 
-norms = pytest.importorskip("nanoinfer_engine.kernels.norms")
-linear = pytest.importorskip("nanoinfer_engine.kernels.linear")
+norms = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.norms")
+linear = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.linear")
 
 pytestmark = pytest.mark.gpu
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow, EndedStep
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import Request, RequestTimes, SamplingOptions, StoppingOptions
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.batch import Batch, BatchRow, EndedStep
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import Request, RequestTimes, SamplingOptions, StoppingOptions
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.step.runner import ModelRunner
 from safetensors.torch import load_file, save_file
 
 GUIDE = Path(__file__).resolve().parents[2] / "models" / "guide"
@@ -108,18 +108,18 @@ def transformers_model() -> torch.nn.Module:
 
 
 def eager_logits(runner: ModelRunner, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Of each step, as the fused decoder gives them; a replay would call nothing to be watched."""
+    """Of each step, as the model gives them; a replay would call nothing to be watched."""
     seen: list[torch.Tensor] = []
     steps = runner._steps
     assert steps is not None
-    original = steps._decoder.logits
+    original = steps._model.logits
 
     def spy(*arguments: object, **keywords: object) -> torch.Tensor:
         seen.append(original(*arguments, **keywords))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps._decoder, "logits", spy)
+        patch.setattr(steps._model, "logits", spy)
         patch.setattr(steps.graphs, "can_replay", lambda _: False)
         patch.setattr(steps.mixed_graphs, "size", lambda *_: None)
         for batch in batches:
@@ -174,24 +174,6 @@ def test_greedy_tokens_equal_the_cpu_engines(card: ModelRunner, count: int) -> N
     expected = generate(cpu, texts, num_tokens)
     diverged = assert_same(generate(card, texts, num_tokens), expected, texts)
     assert diverged <= max(count // 10, 1)
-
-
-def test_a_second_start_runs_what_the_first_chose(
-    card: ModelRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nanoinfer_engine.models.fused import FusedDecoder
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(FusedDecoder, "tune", refuse)
-    second = make_runner("cuda", "float16")
-    second.warm_up()
-    assert card._steps is not None
-    assert second._steps is not None
-    assert second._steps._decoder.choices == card._steps._decoder.choices
-    texts = prompts(8, 4)
-    assert generate(second, texts, 20) == generate(card, texts, 20)
 
 
 def test_graphs_equal_eager_at_the_same_padded_size(card: ModelRunner) -> None:

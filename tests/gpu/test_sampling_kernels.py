@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.request import SamplingOptions
-from nanoinfer_engine.sampler import sample
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.request import SamplingOptions
+from nanoinfer_engine.sampling.sampler import sample
 
-sampling = pytest.importorskip("nanoinfer_engine.kernels.sampling")
-device_inputs = pytest.importorskip("nanoinfer_engine.device_inputs")
+sampling = pytest.importorskip("nanoinfer_engine.ops.cuda.kernels.sampling")
+device_inputs = pytest.importorskip("nanoinfer_engine.step.device_inputs")
 
 pytestmark = pytest.mark.gpu
 

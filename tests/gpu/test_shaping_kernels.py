@@ -8,13 +8,13 @@ from array import array
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.request import SampledToken, SamplingOptions, TokenCounts
-from nanoinfer_engine.sampler import sample
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions, TokenCounts
+from nanoinfer_engine.sampling.sampler import sample
 
 from tests.gpu.test_sampling_kernels import device_sampling, sampling
 
-device_shaping = pytest.importorskip("nanoinfer_engine.device_shaping")
+device_shaping = pytest.importorskip("nanoinfer_engine.sampling.device_shaping")
 
 pytestmark = pytest.mark.gpu
 

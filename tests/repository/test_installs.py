@@ -21,7 +21,7 @@ IMPORTS = {
     "cli": ["nanoinfer.cli", "typer", "rich"],
     "tokenizer": ["nanoinfer_tokenizer.service", "tiktoken", "jinja2"],
     "gateway": ["nanoinfer_gateway.service"],
-    "engine": ["nanoinfer_engine.service", "torch", "safetensors"],
+    "engine": ["nanoinfer_engine.server.service", "torch", "safetensors"],
 }
 ABSENT = {
     "": ["torch", "tiktoken", "typer", "prometheus_client"],

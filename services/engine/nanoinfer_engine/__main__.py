@@ -12,14 +12,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from nanoinfer_common.config import parse_settings
 from nanoinfer_common.server import ServiceStatus, StartError, serve
 
-from nanoinfer_engine.batch import Runner
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.peers import REFUSALS
-from nanoinfer_engine.progress import Progress
-from nanoinfer_engine.ranks import ParallelRunner
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.service import EngineService
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.core.batch import Runner
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.progress import Progress
+from nanoinfer_engine.parallel.peers import REFUSALS
+from nanoinfer_engine.parallel.ranks import ParallelRunner
+from nanoinfer_engine.server.service import EngineService
+from nanoinfer_engine.server.settings import EngineSettings
+from nanoinfer_engine.step.runner import ModelRunner
 
 
 def main() -> int:

@@ -8,18 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow, Runner
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import EngineConfig
-from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.kv_cache import KVCache, stored_dtype
-from nanoinfer_engine.models import build_model, checkpoint_layout
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.quantization import quantizer
-from nanoinfer_engine.request import (
+from nanoinfer_engine.core.batch import Batch, BatchRow, Runner
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.progress import report_nothing
+from nanoinfer_engine.core.request import (
     Request,
     RequestTimes,
     SampledToken,
@@ -27,9 +21,16 @@ from nanoinfer_engine.request import (
     StoppingOptions,
     prompt_key,
 )
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.scheduler import Scheduler
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.models import build_model, checkpoint_layout
+from nanoinfer_engine.ops.attention import ReferenceAttention
+from nanoinfer_engine.ops.kv_cache import KVCache, stored_dtype
+from nanoinfer_engine.ops.linear import linear_format
+from nanoinfer_engine.ops.reference import ReferenceOps, ReferenceStep
+from nanoinfer_engine.step.inputs import build_inputs
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
 
 GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
 
@@ -53,13 +54,13 @@ class AllLogits:
         device = torch.device("cpu")
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
-        self.model = build_model(config, config.max_position_embeddings, torch.float32, device)
-        quantize = quantizer(quantization, self.model)
-        layout = checkpoint_layout(config)
-        load_weights(self.model, checkpoint, layout, device, report_nothing, quantize)
+        positions, linear = config.max_position_embeddings, linear_format(quantization)
+        self.model = build_model(config, positions, torch.float32, device, linear)
+        load_weights(self.model, checkpoint, checkpoint_layout(config), device, report_nothing)
         stored = stored_dtype(kv_cache_dtype, torch.float32)
         cache = KVCache(config, num_blocks, block_size, torch.float32, device, stored)
-        self.backend = make_backend("reference", cache, config.sliding_windows)
+        self.attention = ReferenceAttention(cache, config.sliding_windows)
+        self.ops = ReferenceOps(self.attention)
         self.block_size, self.num_blocks = block_size, num_blocks
 
     def step(self, rows: Sequence[BatchRow]) -> list[torch.Tensor]:
@@ -72,10 +73,10 @@ class AllLogits:
     ) -> torch.Tensor:
         """[tokens, vocabulary] of all rows' tokens end to end, or of the `kept` ones alone."""
         inputs = build_inputs(Batch(tuple(rows)), self.block_size, torch.device("cpu"))
-        plan = self.backend.plan(inputs.attention)
+        plan = self.attention.plan(inputs.attention)
+        step = ReferenceStep(inputs.token_ids, inputs.positions, plan)
         wanted = None if kept is None else torch.tensor(kept, dtype=torch.int64)
-        hidden = self.model(inputs.token_ids, inputs.positions, self.backend, plan, wanted)
-        return self.model.logits(hidden)
+        return self.model.logits(self.ops, self.model(self.ops, step, wanted))
 
 
 @dataclass

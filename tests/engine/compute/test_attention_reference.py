@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
-from nanoinfer_engine.attention import make_backend
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.config import ModelConfig, RopeConfig
-from nanoinfer_engine.inputs import build_inputs
-from nanoinfer_engine.kv_cache import KVCache, bytes_per_block, num_blocks_for
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import ModelConfig, RopeConfig
+from nanoinfer_engine.ops.attention import ReferenceAttention
+from nanoinfer_engine.ops.kv_cache import KVCache, bytes_per_block, num_blocks_for
+from nanoinfer_engine.step.inputs import build_inputs
 
 from tests.engine.compute.driver import GREEDY
 
@@ -64,7 +63,7 @@ def dense(
 def test_steps_of_mixed_rows(heads: int, kv_heads: int, window: int | None) -> None:
     model = config(heads, kv_heads, window)
     cache = KVCache(model, 128, 4, torch.float32, CPU)
-    backend = make_backend("reference", cache, model.sliding_windows)
+    backend = ReferenceAttention(cache, model.sliding_windows)
     source = random.Random(heads * 100 + (window or 0))
     generator = torch.Generator().manual_seed(1)
     lengths = [60, 33, 5, 1, 18, 90]
@@ -110,7 +109,7 @@ def test_steps_of_mixed_rows(heads: int, kv_heads: int, window: int | None) -> N
 def test_a_row_is_untouched_by_not_a_number_in_anothers_blocks_and_in_reused_ones() -> None:
     model = config(2, 1, None)
     cache = KVCache(model, 4, 4, torch.float32, CPU)
-    backend = make_backend("reference", cache, model.sliding_windows)
+    backend = ReferenceAttention(cache, model.sliding_windows)
     rows = (
         BatchRow((0,) * 3, 0, (1,), False, GREEDY),
         BatchRow((0,) * 7, 0, (0, 2), False, GREEDY),
@@ -166,12 +165,3 @@ def test_blocks_fit_the_budget() -> None:
     cache = KVCache(model, 10, 16, torch.float32, CPU)
     keys, values = cache.gather(0, torch.arange(10))
     assert 2 * (keys.nbytes + values.nbytes) == 10 * one
-
-
-def test_an_unknown_backend_is_refused() -> None:
-    model = config(4, 2, None)
-    cache = KVCache(model, 1, 4, torch.float32, CPU)
-    with pytest.raises(ValueError, match="unknown attention backend 'fast'"):
-        make_backend("fast", cache, model.sliding_windows)
-    make_backend("reference", cache, (None, None))
-    assert np.prod(cache.gather(0, torch.tensor([0]))[0].shape) == 4 * 2 * 16

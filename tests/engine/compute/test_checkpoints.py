@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from nanoinfer_engine import checkpoints
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import CheckpointError, EngineConfig
-from nanoinfer_engine.progress import LoadProgress
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import CheckpointError, EngineConfig
+from nanoinfer_engine.core.progress import LoadProgress
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights import checkpoints
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
 from safetensors.torch import load_file, save_file
 
 from tests.engine.compute.driver import GREEDY, AllLogits, Job, make_runner, run

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine import runner
-from nanoinfer_engine.cpus import usable_cpus
+from nanoinfer_engine.step import runner
+from nanoinfer_engine.step.cpus import usable_cpus
 
 from tests.engine.compute.driver import make_runner
 from tests.engine.tiny_checkpoints import make_checkpoint

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from nanoinfer_engine import logprobs
-from nanoinfer_engine.batch import BatchRow, RowResult, ScoredPrompt
-from nanoinfer_engine.device_logprobs import measure_prompts, measure_sampled
-from nanoinfer_engine.errors import SamplingError
-from nanoinfer_engine.logprobs import score, score_prompts
-from nanoinfer_engine.request import SampledToken, SamplingOptions
+from nanoinfer_engine.core.batch import BatchRow, RowResult, ScoredPrompt
+from nanoinfer_engine.core.errors import SamplingError
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions
+from nanoinfer_engine.sampling import logprobs
+from nanoinfer_engine.sampling.device_logprobs import measure_prompts, measure_sampled
+from nanoinfer_engine.sampling.logprobs import score, score_prompts
 
 VOCAB_SIZE = 300
 GREEDY = SamplingOptions(0.0, 0, 1.0, 0.0, 0)

@@ -17,14 +17,14 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.device_shaping import ShapingSlots
-from nanoinfer_engine.errors import SamplingError
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import Request, SamplingOptions, TokenCounts
-from nanoinfer_engine.scheduler import Scheduler
-from nanoinfer_engine.shaping import shape
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.errors import SamplingError
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import Request, SamplingOptions, TokenCounts
+from nanoinfer_engine.core.scheduler import Scheduler
+from nanoinfer_engine.sampling.device_shaping import ShapingSlots
+from nanoinfer_engine.sampling.shaping import shape
 
 from tests.engine.control.test_running_ahead import AheadRunner, LateStep
 from tests.engine.fakes import GREEDY, VOCAB_SIZE, make_config, make_request

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nanoinfer_engine.batch import StepTiming
-from nanoinfer_engine.device_timing import DeviceClock
+from nanoinfer_engine.core.batch import StepTiming
+from nanoinfer_engine.step.device_timing import DeviceClock
 
 
 class FakeEvent:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.config import CheckpointError, ModelConfig, RopeConfig
-from nanoinfer_engine.families import FAMILIES
-from nanoinfer_engine.model_formats import read_huggingface_config
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.config import CheckpointError, ModelConfig, RopeConfig
+from nanoinfer_engine.models.families import FAMILIES
+from nanoinfer_engine.models.model_config import read_huggingface_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.engine.compute.driver import GREEDY, AllLogits

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow, ScoredPrompt
-from nanoinfer_engine.errors import SamplingError
-from nanoinfer_engine.logprobs import score, score_prompts
-from nanoinfer_engine.request import SampledToken, SamplingOptions
+from nanoinfer_engine.core.batch import Batch, BatchRow, ScoredPrompt
+from nanoinfer_engine.core.errors import SamplingError
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions
+from nanoinfer_engine.sampling.logprobs import score, score_prompts
 
 from tests.engine.compute.driver import GREEDY, make_runner
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint, make_model

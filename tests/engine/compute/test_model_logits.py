@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
+from nanoinfer_engine.core.batch import BatchRow
 
 from tests.engine.compute.driver import GREEDY, AllLogits, Job, make_runner, run
 from tests.engine.tiny_checkpoints import KINDS, VOCAB_SIZE, make_checkpoint, make_model

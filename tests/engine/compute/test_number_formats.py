@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import CheckpointError
-from nanoinfer_engine.number_formats import DTYPES, choose_dtype, stored_format
+from nanoinfer_engine.core.config import CheckpointError
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.number_formats import DTYPES, choose_dtype, stored_format
 from safetensors.torch import load_file, save_file
 
 from tests.engine.compute.driver import make_runner

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.checkpoints import Part, open_checkpoint
-from nanoinfer_engine.collectives import ALONE, Rank
-from nanoinfer_engine.config import EngineConfig
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.progress import report_nothing
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions
 from nanoinfer_engine.models import build_model, checkpoint_layout
-from nanoinfer_engine.parallel import local_config, take_share
-from nanoinfer_engine.progress import report_nothing
-from nanoinfer_engine.ranks import ParallelRunner
-from nanoinfer_engine.request import SampledToken, SamplingOptions
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.ops.collectives import ALONE, Rank
+from nanoinfer_engine.parallel.ranks import ParallelRunner
+from nanoinfer_engine.step.runner import ModelRunner
+from nanoinfer_engine.weights.checkpoints import Part, open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
+from nanoinfer_engine.weights.sharding import local_config, take_share
 
 from tests.engine.compute.driver import GREEDY, generate
 from tests.engine.rank_processes import run_ranks
@@ -62,7 +62,7 @@ def test_the_shares_are_the_whole(kind: str, checkpoints: dict[str, Path]) -> No
     assert fingerprints[0] == fingerprint
     config = open_checkpoint(checkpoints[kind]).config
     heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sizes = {"qkv": (heads, keys, keys), "gate_up": (config.intermediate_size,) * 2}
+    sizes = {"qkv": (heads, keys, keys), "up": (config.intermediate_size,) * 2}
     for name, expected in whole.items():
         parts = [share[name] for share in shares]
         module, kind_of = name.split(".")[-2:]
@@ -133,13 +133,13 @@ def logits_of(
     for path in paths:
         prompts = [tuple(source.randrange(VOCAB_SIZE) for _ in range(n)) for n in (40, 21, 1)]
         runner = ModelRunner(replace(config, model_path=path), rank=rank)
-        original, seen, results = runner._model.logits, [], []
+        original, seen, results = runner._logits, [], []
 
         def spy(hidden: torch.Tensor, original=original, seen=seen) -> torch.Tensor:  # type: ignore[no-untyped-def]
             seen.append(original(hidden))
             return seen[-1]
 
-        runner._model.logits = spy  # type: ignore[method-assign]
+        runner._logits = spy  # type: ignore[method-assign]
         sampling = SamplingOptions(0.9, 0, 0.95, 0.0, 3)
         blocks = [tuple(range(first, first + 8)) for first in (0, 8, 16)]
         steps: list[list[tuple[int, int, int]]] = [[(0, 0, 9), (1, 0, 21), (2, 0, 1)]]

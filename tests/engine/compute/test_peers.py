@@ -8,8 +8,8 @@ import sys
 import threading
 from typing import Any
 
-from nanoinfer_engine.errors import RankError
-from nanoinfer_engine.peers import Peers
+from nanoinfer_engine.core.errors import RankError
+from nanoinfer_engine.parallel.peers import Peers
 
 
 def refuse() -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.checkpoints import open_checkpoint
-from nanoinfer_engine.config import CheckpointError, EngineConfig
-from nanoinfer_engine.kv_cache import FP8, KVCache, bytes_per_block, num_blocks_for
-from nanoinfer_engine.models import LanguageModel, build_model, checkpoint_layout
-from nanoinfer_engine.progress import LoadProgress
-from nanoinfer_engine.quantization import Fp8Linear, check_device, quantize_rows, quantizer
-from nanoinfer_engine.weights import load_weights
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.config import CheckpointError, EngineConfig
+from nanoinfer_engine.core.progress import LoadProgress
+from nanoinfer_engine.models import Decoder, build_model, checkpoint_layout
+from nanoinfer_engine.ops.kv_cache import FP8, KVCache, bytes_per_block, num_blocks_for
+from nanoinfer_engine.ops.linear import Fp8Linear, FullLinear, linear_format
+from nanoinfer_engine.ops.linear.fp8 import quantize_rows
+from nanoinfer_engine.step.runner import check_fp8
+from nanoinfer_engine.weights.checkpoints import open_checkpoint
+from nanoinfer_engine.weights.loading import load_weights
 from torch import Tensor, nn
 
 from tests.engine.compute.driver import GREEDY, AllLogits, Job, make_runner, run
@@ -35,13 +38,26 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
 
 
+def quantized(source: nn.Linear | FullLinear) -> Fp8Linear:
+    """The same layer in 8 bits, loaded in two pieces."""
+    outputs, inputs = source.weight.shape
+    module = Fp8Linear(inputs, outputs, source.weight.dtype, bias=source.bias is not None)
+    module.allocate(CPU)
+    for first in (0, outputs // 3):
+        piece = source.weight[first : outputs // 3 if first == 0 else outputs]
+        module.load_rows(first, piece, lambda stored, target: target.copy_(stored))
+    if source.bias is not None and module.bias is not None:
+        module.bias.copy_(source.bias)
+    return module
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_is_close_to_the_full_one(dtype: torch.dtype, bias: bool) -> None:
     source = linear(512, 2064, bias)
     x = torch.randn(20, 512)
     expected = source(x)
-    output = Fp8Linear(source.to(dtype))(x.to(dtype))
+    output = quantized(source.to(dtype))(x.to(dtype))
     assert output.dtype == dtype
     assert 1e-2 < relative_error(output, expected) < 4e-2
 
@@ -50,21 +66,21 @@ def test_large_channels_and_tokens_cost_nobody_else_precision() -> None:
     source, x = linear(256, 64, bias=False), torch.randn(200, 256)
     source.weight[3] *= 1e4
     x[5] *= 1e4
-    expected, actual = source(x), Fp8Linear(source)(x)
+    expected, actual = source(x), quantized(source)(x)
     for part in ((0, slice(4, None)), (5, slice(4, None)), (slice(6, None), 3)):
         assert relative_error(actual[part], expected[part]) < 6e-2
     plain = nn.Linear(256, 64, bias=False).requires_grad_(False)
     plain.weight.copy_(source.weight)
     plain.weight[3] /= 1e4
     kept = [row for row in range(64) if row != 3]
-    assert torch.equal(Fp8Linear(source).weight.float(), Fp8Linear(plain).weight.float())
-    assert torch.equal(Fp8Linear(source).scale[kept], Fp8Linear(plain).scale[kept])
+    assert torch.equal(quantized(source).weight.float(), quantized(plain).weight.float())
+    assert torch.equal(quantized(source).scale[kept], quantized(plain).scale[kept])
 
 
 def test_rows_of_zeros_and_rows_that_are_not_finite() -> None:
     x = torch.zeros(4, 32)
     x[1, 2], x[2, 3], x[3] = float("nan"), float("-inf"), 1.0
-    module = Fp8Linear(linear(32, 16, bias=False))
+    module = quantized(linear(32, 16, bias=False))
     output = module(x)
     assert not output[0].any()
     assert output[1:3].isnan().all()
@@ -80,57 +96,54 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make_checkpoint(kind, root / kind) for kind in KINDS}
 
 
-def load(path: Path, scheme: str) -> Iterator[tuple[LanguageModel, int, str]]:
+def load(path: Path, scheme: str) -> Iterator[tuple[Decoder, int, str]]:
     """The model after each tensor with the bytes that it takes then, and the fingerprint."""
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    model = build_model(config, config.max_position_embeddings, torch.float32, CPU)
+    positions, linear = config.max_position_embeddings, linear_format(scheme)
+    model = build_model(config, positions, torch.float32, CPU, linear)
     sizes: list[int] = []
 
     def progress(_progress: LoadProgress) -> None:
         sizes.append(sum(p.nbytes for p in model.parameters() if not p.is_meta))
 
-    quantize = quantizer(scheme, model)
-    layout = checkpoint_layout(config)
-    fingerprint = load_weights(model, checkpoint, layout, CPU, progress, quantize)
+    fingerprint = load_weights(model, checkpoint, checkpoint_layout(config), CPU, progress)
     for size in sizes:
         yield model, size, fingerprint
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_layers_linears_are_replaced_as_they_are_loaded(
+def test_the_layers_linears_are_quantised_as_they_are_loaded(
     kind: str, checkpoints: dict[str, Path]
 ) -> None:
     plain, _, fingerprint = list(load(checkpoints[kind], "none"))[-1]
     steps = list(load(checkpoints[kind], "fp8"))
     model, final, same_fingerprint = steps[-1]
     assert fingerprint == same_fingerprint
-    linears = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    linears = {n: m for n, m in plain.named_modules() if isinstance(m, FullLinear)}
+    assert len(linears) > 4
     for name, full in linears.items():
         module = model.get_submodule(name)
         if name == "head":
-            assert isinstance(module, nn.Linear)
+            assert isinstance(module, FullLinear)
             assert torch.equal(module.weight, full.weight)
             continue
         assert isinstance(module, Fp8Linear), name
         assert module.weight.dtype == FP8
-        assert torch.equal(module.weight.float(), Fp8Linear(full).weight.float())
+        assert torch.equal(module.weight.float(), quantized(full).weight.float())
         restored = module.weight.float() * module.scale[:, None]
         assert relative_error(restored, full.weight) < 3e-2
     assert torch.equal(model.embedding.weight, plain.embedding.weight)
-    # between two tensors no more than one module is still in full, none in both forms
-    largest = max(full.weight.nbytes for full in linears.values())
-    assert max(size for _, size, _ in steps) <= final + largest
+    # at no time more than what is there in the end: nothing is kept in full
+    assert max(size for _, size, _ in steps) <= final
     assert final < sum(p.nbytes for p in plain.parameters())
 
 
 def test_a_linear_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     path = make_checkpoint("llama2", tmp_path)
-    config = open_checkpoint(path).config
-    model = build_model(config, 16, torch.float32, CPU)
-    model.layers[1].mlp.down = nn.Linear(96, 60)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down: 60 × 96 .* 16"):
-        quantizer("fp8", model)
+    config = replace(open_checkpoint(path).config, intermediate_size=60)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.up: 120 × \d+ .* 16"):
+        build_model(config, 16, torch.float32, CPU, Fp8Linear)
     with pytest.raises(ValueError, match="int4"):
         make_runner(path, quantization="int4")
     with pytest.raises(ValueError, match="int4"):
@@ -144,11 +157,11 @@ def test_a_device_that_does_not_know_fp8_is_refused(
     config = EngineConfig(GUIDE, **{setting: "fp8"})  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     with pytest.raises(ValueError, match=r"8\.9, the device has 8\.6"):
-        check_device(config, torch.device("cuda"))
-    check_device(config, CPU)
-    check_device(EngineConfig(GUIDE), torch.device("cuda"))
+        check_fp8(config, torch.device("cuda"))
+    check_fp8(config, CPU)
+    check_fp8(EngineConfig(GUIDE), torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    check_device(config, torch.device("cuda"))
+    check_fp8(config, torch.device("cuda"))
 
 
 def facts(count: int) -> list[list[int]]:

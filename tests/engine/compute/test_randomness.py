@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nanoinfer_engine import randomness
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.randomness import exponentials, row_keys
-from nanoinfer_engine.request import SampledToken, SamplingOptions, prompt_key
-from nanoinfer_engine.sampler import sample
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions, prompt_key
+from nanoinfer_engine.sampling import randomness
+from nanoinfer_engine.sampling.randomness import exponentials, row_keys
+from nanoinfer_engine.sampling.sampler import sample
 from scipy import stats
 
 from tests.engine.compute.driver import generate, make_runner

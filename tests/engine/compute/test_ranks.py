@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanoinfer_engine.batch import Batch, BatchRow
-from nanoinfer_engine.checkpoints import Part, SafetensorsCheckpoint
-from nanoinfer_engine.config import CheckpointError, EngineConfig
-from nanoinfer_engine.errors import RankError, is_device_error
-from nanoinfer_engine.ranks import ParallelRunner
-from nanoinfer_engine.request import SampledToken
+from nanoinfer_engine.core.batch import Batch, BatchRow
+from nanoinfer_engine.core.config import CheckpointError, EngineConfig
+from nanoinfer_engine.core.errors import RankError, is_device_error
+from nanoinfer_engine.core.request import SampledToken
+from nanoinfer_engine.parallel.ranks import ParallelRunner
+from nanoinfer_engine.weights.checkpoints import Part, SafetensorsCheckpoint
 
 from tests.engine.compute.driver import GREEDY
 

@@ -9,10 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.errors import SamplingError
-from nanoinfer_engine.request import SampledToken, SamplingOptions
-from nanoinfer_engine.sampler import sample
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.errors import SamplingError
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions
+from nanoinfer_engine.sampling.sampler import sample
 from scipy import stats
 
 PLAIN = SamplingOptions(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanoinfer_engine.batch import BatchRow
-from nanoinfer_engine.errors import SamplingError
-from nanoinfer_engine.request import SampledToken, SamplingOptions, TokenCounts
-from nanoinfer_engine.sampler import sample
-from nanoinfer_engine.shaping import shape
+from nanoinfer_engine.core.batch import BatchRow
+from nanoinfer_engine.core.errors import SamplingError
+from nanoinfer_engine.core.request import SampledToken, SamplingOptions, TokenCounts
+from nanoinfer_engine.sampling.sampler import sample
+from nanoinfer_engine.sampling.shaping import shape
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 VOCAB_SIZE = 50

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nanoinfer_engine.staging import Staging
+from nanoinfer_engine.weights.staging import Staging
 
 CPU = torch.device("cpu")
 

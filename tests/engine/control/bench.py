@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.request import Request, RequestOutput
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.request import Request, RequestOutput
+from nanoinfer_engine.core.scheduler import Scheduler
 
 from tests.engine.fakes import FakeClock, FakeRunner, make_config
 

@@ -18,9 +18,9 @@ from grpc_status import rpc_status
 from nanoinfer.v1 import engine_pb2, engine_pb2_grpc
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common.server import RunningServer, ServiceStatus, running
-from nanoinfer_engine.runner import ModelRunner
-from nanoinfer_engine.service import EngineService, LoadRunner
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.server.service import EngineService, LoadRunner
+from nanoinfer_engine.server.settings import EngineSettings
+from nanoinfer_engine.step.runner import ModelRunner
 
 from tests.engine.fakes import EOS, FakeRunner
 from tests.engine.tiny_checkpoints import make_checkpoint

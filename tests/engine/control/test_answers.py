@@ -7,12 +7,18 @@ from dataclasses import replace
 
 import pytest
 from nanoinfer.v1 import engine_pb2
-from nanoinfer_engine.answers import Answer
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.defaults import SamplingDefaults
-from nanoinfer_engine.messages import ServedModel
-from nanoinfer_engine.request import FinishReason, Logprob, Request, RequestOutput, SampledToken
-from nanoinfer_engine.stream import Stream
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.request import (
+    FinishReason,
+    Logprob,
+    Request,
+    RequestOutput,
+    SampledToken,
+)
+from nanoinfer_engine.core.stream import Stream
+from nanoinfer_engine.server.answers import Answer
+from nanoinfer_engine.server.messages import ServedModel
+from nanoinfer_engine.weights.generation_config import SamplingDefaults
 
 from tests.engine.fakes import make_request
 

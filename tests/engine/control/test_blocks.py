@@ -1,7 +1,7 @@
 """The block pool's books: every block is free, kept for its content, or in use."""
 
 import pytest
-from nanoinfer_engine.blocks import BlockError, BlockPool
+from nanoinfer_engine.core.blocks import BlockError, BlockPool
 
 
 def kept(num_blocks: int, *names: bytes) -> BlockPool:

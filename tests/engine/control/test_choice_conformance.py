@@ -12,8 +12,8 @@ import pytest
 import torch
 from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
-from nanoinfer_engine import messages
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.server import messages
+from nanoinfer_engine.step.runner import ModelRunner
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,

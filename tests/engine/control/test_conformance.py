@@ -16,7 +16,7 @@ import pytest
 import torch
 from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.step.runner import ModelRunner
 
 from tests.engine.control.conftest import Engine, start_engine
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_model

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from nanoinfer_engine.engine import Engine
-from nanoinfer_engine.errors import (
+from nanoinfer_engine.core.engine import Engine
+from nanoinfer_engine.core.errors import (
     CapacityError,
     DrainingError,
     EngineLostError,
@@ -18,10 +18,10 @@ from nanoinfer_engine.errors import (
     StalledReaderError,
     is_device_error,
 )
-from nanoinfer_engine.metrics import make_statistics
-from nanoinfer_engine.request import FinishReason, RequestOutput
-from nanoinfer_engine.stream import Stream
-from nanoinfer_engine.watchdog import Patience
+from nanoinfer_engine.core.request import FinishReason, RequestOutput
+from nanoinfer_engine.core.stream import Stream
+from nanoinfer_engine.core.watchdog import Patience
+from nanoinfer_engine.server.metrics import make_statistics
 
 from tests.engine.fakes import (
     FakeListener,

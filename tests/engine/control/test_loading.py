@@ -6,9 +6,9 @@ import io
 import sys
 
 import pytest
-from nanoinfer_engine import loading
-from nanoinfer_engine.loading import show_loading
-from nanoinfer_engine.progress import LoadProgress
+from nanoinfer_engine.core.progress import LoadProgress
+from nanoinfer_engine.server import loading
+from nanoinfer_engine.server.loading import show_loading
 from structlog.testing import capture_logs
 
 GIGA = 10**9

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
-from nanoinfer_engine.statistics import Histogram
+from nanoinfer_engine.core.statistics import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.control.conftest import Engine, StartFake

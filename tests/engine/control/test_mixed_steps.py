@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.scheduler import Scheduler
 
 from tests.engine.control.bench import Bench
 from tests.engine.control.test_running_ahead import Loop

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
-from nanoinfer_engine.runner import ModelRunner
+from nanoinfer_engine.step.runner import ModelRunner
 
 from tests.engine.control.bench import Bench
 from tests.engine.control.conftest import Engine, StartFake, start_engine

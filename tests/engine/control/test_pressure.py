@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import pytest
 from nanoinfer.v1 import generation_pb2 as pb
-from nanoinfer_engine.batch import Batch, RowResult
-from nanoinfer_engine.errors import QueueFullError
+from nanoinfer_engine.core.batch import Batch, RowResult
+from nanoinfer_engine.core.errors import QueueFullError
 
 from tests.engine.control.conftest import Engine, StartFake
 from tests.engine.control.test_engine import collect, serving, tokens

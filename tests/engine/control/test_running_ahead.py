@@ -6,11 +6,17 @@ import random
 from dataclasses import replace
 
 import pytest
-from nanoinfer_engine.batch import Batch, RowResult, StepTiming
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.pipeline import Pipeline
-from nanoinfer_engine.request import FinishReason, Request, RequestOutput, SampledToken, TokenCounts
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.batch import Batch, RowResult, StepTiming
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.core.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SampledToken,
+    TokenCounts,
+)
+from nanoinfer_engine.core.scheduler import Scheduler
 
 from tests.engine.fakes import FakeRunner, expected_tokens, make_config, make_request
 

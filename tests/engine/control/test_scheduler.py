@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.errors import CapacityError, QueueTimeoutError
-from nanoinfer_engine.request import FinishReason, RequestOutput, SampledToken
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.errors import CapacityError, QueueTimeoutError
+from nanoinfer_engine.core.request import FinishReason, RequestOutput, SampledToken
 
 from tests.engine.control.bench import Bench
 from tests.engine.fakes import EOS, expected_tokens, make_request

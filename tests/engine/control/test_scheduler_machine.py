@@ -11,10 +11,10 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from nanoinfer_engine.capacity import Capacity
-from nanoinfer_engine.errors import EngineLostError
-from nanoinfer_engine.request import FinishReason, Request, RequestOutput
-from nanoinfer_engine.scheduler import Scheduler
+from nanoinfer_engine.core.capacity import Capacity
+from nanoinfer_engine.core.errors import EngineLostError
+from nanoinfer_engine.core.request import FinishReason, Request, RequestOutput
+from nanoinfer_engine.core.scheduler import Scheduler
 
 from tests.engine.fakes import FakeClock, FakeRunner, expected_tokens, make_config, make_request
 
@@ -161,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(held)) + len(unused) == self.runner.num_blocks
         assert set(pool._kept) <= set(pool._names)
         for request in self.live:  # what may still be written has one owner
-            full = request.num_computed_tokens // BLOCK_SIZE
+            full = request.num_granted_tokens // BLOCK_SIZE
             assert all(held.count(block) == 1 for block in request.block_ids[full:])
         load = self.scheduler.load
         assert round(load.kv_usage * self.runner.num_blocks) == len(set(held))

@@ -12,9 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nanoinfer.v1 import engine_pb2
 from nanoinfer.v1 import generation_pb2 as pb
 from nanoinfer_common.server import StartError, running
-from nanoinfer_engine.request import prompt_key
-from nanoinfer_engine.service import EngineService
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.core.request import prompt_key
+from nanoinfer_engine.server.service import EngineService
+from nanoinfer_engine.server.settings import EngineSettings
 
 from tests.engine.control.conftest import Engine, Message, StartFake
 from tests.engine.fakes import EOS, FakeRunner, expected_tokens

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from nanoinfer_common.config import parse_settings
-from nanoinfer_engine.config import CheckpointError
-from nanoinfer_engine.defaults import SamplingDefaults, read_sampling_defaults
-from nanoinfer_engine.settings import EngineSettings
+from nanoinfer_engine.core.config import CheckpointError
+from nanoinfer_engine.server.settings import EngineSettings
+from nanoinfer_engine.weights.generation_config import SamplingDefaults, read_sampling_defaults
 
 PORTS = ["--port", "0", "--metrics-port", "none"]
 

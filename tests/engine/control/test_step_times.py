@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from nanoinfer_engine.batch import Batch, BatchRow, EndedStep, RowResult, StepKind, StepTiming
-from nanoinfer_engine.engine import Engine
-from nanoinfer_engine.metrics import EngineCollector, Facts, make_statistics
-from nanoinfer_engine.pipeline import Pipeline
+from nanoinfer_engine.core.batch import Batch, BatchRow, EndedStep, RowResult, StepKind, StepTiming
+from nanoinfer_engine.core.engine import Engine
+from nanoinfer_engine.core.pipeline import Pipeline
+from nanoinfer_engine.server.metrics import EngineCollector, Facts, make_statistics
 from prometheus_client.core import Metric
 
 from tests.engine.control.test_running_ahead import AheadRunner
@@ -192,8 +192,8 @@ def test_the_idle_share_follows_the_last_hundred_steps() -> None:
 
 
 def test_a_request_counts_its_graph_replays() -> None:
-    from nanoinfer_engine.capacity import Capacity
-    from nanoinfer_engine.scheduler import Scheduler
+    from nanoinfer_engine.core.capacity import Capacity
+    from nanoinfer_engine.core.scheduler import Scheduler
 
     runner = AheadRunner()
     scheduler = Scheduler(make_config(), Capacity(256, 256))

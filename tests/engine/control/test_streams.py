@@ -6,16 +6,16 @@ import asyncio
 import tracemalloc
 
 import pytest
-from nanoinfer_engine.errors import EngineLostError, StalledReaderError
-from nanoinfer_engine.request import (
+from nanoinfer_engine.core.errors import EngineLostError, StalledReaderError
+from nanoinfer_engine.core.request import (
     FinishReason,
     Logprob,
     Request,
     RequestOutput,
     SampledToken,
 )
-from nanoinfer_engine.stream import MAX_TAKEN_BYTES, Stream, Streams, memory_of
-from nanoinfer_engine.watchdog import Patience
+from nanoinfer_engine.core.stream import MAX_TAKEN_BYTES, Stream, Streams, memory_of
+from nanoinfer_engine.core.watchdog import Patience
 
 from tests.engine.fakes import make_request
 

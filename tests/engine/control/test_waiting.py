@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from nanoinfer_engine import waiting
-from nanoinfer_engine.request import Request
-from nanoinfer_engine.waiting import WaitingQueue
+from nanoinfer_engine.core import queue as waiting
+from nanoinfer_engine.core.queue import WaitingQueue
+from nanoinfer_engine.core.request import Request
 
 from tests.engine.control.bench import Bench
 from tests.engine.fakes import expected_tokens, make_request

@@ -1,30 +1,30 @@
-"""The model topologies, and how one is chosen for a configuration."""
+"""The decoder, and what a checkpoint calls its parts."""
 
 from __future__ import annotations
 
 import torch
 
-from nanoinfer_engine.config import ModelConfig
-from nanoinfer_engine.models import decoder, gpt2
-from nanoinfer_engine.models.layout import CheckpointLayout
+from nanoinfer_engine.core.config import ModelConfig
+from nanoinfer_engine.models.decoder import Decoder, rotary_table
+from nanoinfer_engine.models.names import checkpoint_layout
+from nanoinfer_engine.ops.linear import FullLinear, Linear
 
-LanguageModel = decoder.Decoder | gpt2.GPT2
+__all__ = ["Decoder", "build_model", "checkpoint_layout"]
 
 
 def build_model(
-    config: ModelConfig, max_positions: int, dtype: torch.dtype, device: torch.device
-) -> LanguageModel:
-    """The model for `config` with parameters on the meta device: no memory, no values yet."""
-    if config.topology == "gpt2":
-        with torch.device("meta"):
-            return gpt2.GPT2(config).to(dtype)
-    rotary = decoder.rotary_table(config, max_positions, dtype, device)
+    config: ModelConfig,
+    max_positions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    linear: type[Linear] = FullLinear,
+) -> Decoder:
+    """The model for `config` with parameters on the meta device: no memory, no values yet.
+
+    `linear` is the format of the layers' weights; CheckpointError where it cannot hold one.
+    """
+    rotary = None
+    if config.topology == "decoder":
+        rotary = rotary_table(config, max_positions, dtype, device)
     with torch.device("meta"):
-        return decoder.Decoder(config, rotary).to(dtype)
-
-
-def checkpoint_layout(config: ModelConfig) -> CheckpointLayout:
-    """How the checkpoint's tensor names map onto `build_model(config)`'s parameters."""
-    if config.topology == "gpt2":
-        return gpt2.checkpoint_layout(config)
-    return decoder.checkpoint_layout(config)
+        return Decoder(config, dtype, linear, rotary)

@@ -1,0 +1,1 @@
+"""Scheduling and requests as plain data: no torch, no gRPC."""

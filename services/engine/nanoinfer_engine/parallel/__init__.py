@@ -1,0 +1,1 @@
+"""Several devices that share one model, each a process of its own."""

@@ -1,0 +1,1 @@
+"""The engine as a gRPC service: messages, statuses, metrics, settings."""
