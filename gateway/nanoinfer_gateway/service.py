@@ -14,22 +14,22 @@ from nanoinfer_common.stream_writes import StreamWriter, WriteSlots
 from nanoinfer_common.telemetry import add_to_log_line, set_attributes
 from nanoinfer_common.validation import Limits
 
-from nanoinfer_gateway import addresses
-from nanoinfer_gateway.admission import Admission, Bounds
-from nanoinfer_gateway.answer_bytes import AnswerBytes, WholeAnswer
-from nanoinfer_gateway.catalogue import list_page
-from nanoinfer_gateway.collecting import collect
-from nanoinfer_gateway.completions import Update
-from nanoinfer_gateway.generation import Generation, Prompt, Slot, Upstreams
-from nanoinfer_gateway.metrics import GatewayMetrics
-from nanoinfer_gateway.readiness import Readiness
-from nanoinfer_gateway.replicas import Replicas
-from nanoinfer_gateway.requests import RequestReader, prompt_of, refuse_parsing
+from nanoinfer_gateway.core.admission import Admission, Bounds
+from nanoinfer_gateway.core.answer_bytes import AnswerBytes, WholeAnswer
+from nanoinfer_gateway.core.catalogue import list_page
+from nanoinfer_gateway.core.collecting import collect
+from nanoinfer_gateway.core.completions import Update
+from nanoinfer_gateway.core.generation import Generation, Prompt, Slot, Upstreams
+from nanoinfer_gateway.core.metrics import GatewayMetrics
+from nanoinfer_gateway.core.requests import RequestReader, prompt_of, refuse_parsing
+from nanoinfer_gateway.core.telemetry import request_attributes, result_attributes
+from nanoinfer_gateway.core.vocabulary import Vocabularies
 from nanoinfer_gateway.settings import GatewaySettings
-from nanoinfer_gateway.telemetry import request_attributes, result_attributes
-from nanoinfer_gateway.tokenizers import Tokenizers
-from nanoinfer_gateway.upstreams import Engines, Tokenizer
-from nanoinfer_gateway.vocabulary import Vocabularies
+from nanoinfer_gateway.upstreams import addresses
+from nanoinfer_gateway.upstreams.readiness import Readiness
+from nanoinfer_gateway.upstreams.replicas import Replicas
+from nanoinfer_gateway.upstreams.routing import Engines, Tokenizer
+from nanoinfer_gateway.upstreams.tokenizers import Tokenizers
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):

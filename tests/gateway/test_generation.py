@@ -14,17 +14,17 @@ from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, unavailable
 from nanoinfer_common.stream_writes import WriteSlots
-from nanoinfer_gateway.answer_bytes import AnswerBytes, Share
-from nanoinfer_gateway.collecting import collect
-from nanoinfer_gateway.completions import Update
-from nanoinfer_gateway.generation import (
+from nanoinfer_gateway.core.answer_bytes import AnswerBytes, Share
+from nanoinfer_gateway.core.collecting import collect
+from nanoinfer_gateway.core.completions import Update
+from nanoinfer_gateway.core.generation import (
     MAX_PENDING_TOKENS,
     Generation,
     GenerationRequest,
     Upstreams,
 )
-from nanoinfer_gateway.upstreams import Call, EncodedPrompt
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.vocabulary import Vocabulary
+from nanoinfer_gateway.upstreams.routing import Call, EncodedPrompt
 
 from tests.gateway.fakes import (
     FINGERPRINT,

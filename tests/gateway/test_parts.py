@@ -9,10 +9,10 @@ import pytest
 from nanoinfer.v1 import generation_pb2
 from nanoinfer_common.config import parse_settings
 from nanoinfer_common.errors import ServiceError
-from nanoinfer_gateway import addresses
-from nanoinfer_gateway.catalogue import list_page
+from nanoinfer_gateway.core.catalogue import list_page
 from nanoinfer_gateway.settings import GatewaySettings
-from nanoinfer_gateway.upstreams import Call
+from nanoinfer_gateway.upstreams import addresses
+from nanoinfer_gateway.upstreams.routing import Call
 
 
 @pytest.mark.parametrize(

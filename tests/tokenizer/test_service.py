@@ -18,7 +18,7 @@ from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError, StartError, from_rpc_error
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.server import running
-from nanoinfer_gateway.upstreams import Tokenizer as GatewaysTokenizer
+from nanoinfer_gateway.upstreams.routing import Tokenizer as GatewaysTokenizer
 from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
 from nanoinfer_tokenizer.service import TokenizerService
 from nanoinfer_tokenizer.settings import TokenizerSettings

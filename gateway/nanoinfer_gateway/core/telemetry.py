@@ -3,7 +3,7 @@
 from nanoinfer.v1 import gateway_pb2, generation_pb2
 from opentelemetry.util.types import AttributeValue
 
-from nanoinfer_gateway.generation import Generation, GenerationRequest
+from nanoinfer_gateway.core.generation import Generation, GenerationRequest
 
 _SAMPLING = {
     "seed": "gen_ai.request.seed",

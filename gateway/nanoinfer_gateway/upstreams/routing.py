@@ -25,10 +25,10 @@ from nanoinfer_common import names
 from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, from_rpc_error, internal, unavailable
 
-from nanoinfer_gateway.fleet import Connection, SilentError
-from nanoinfer_gateway.replicas import EngineReplica, Replicas
-from nanoinfer_gateway.tokenizers import Tokenizers
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.vocabulary import Vocabulary
+from nanoinfer_gateway.upstreams.fleet import Connection, SilentError
+from nanoinfer_gateway.upstreams.replicas import EngineReplica, Replicas
+from nanoinfer_gateway.upstreams.tokenizers import Tokenizers
 
 HOP_MARGIN_SECONDS = 0.05
 MAX_ATTEMPTS = 3

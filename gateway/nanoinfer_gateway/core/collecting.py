@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from nanoinfer.v1 import gateway_pb2
 
-from nanoinfer_gateway.completions import Update
+from nanoinfer_gateway.core.completions import Update
 
 Response = TypeVar(
     "Response", gateway_pb2.GatewayServiceGenerateResponse, gateway_pb2.GatewayServiceChatResponse

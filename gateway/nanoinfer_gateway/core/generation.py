@@ -18,10 +18,10 @@ from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError, unavailable
 from nanoinfer_common.telemetry import record_span
 
-from nanoinfer_gateway.answer_bytes import Share, prompt_bytes
-from nanoinfer_gateway.completions import Completions, Update
-from nanoinfer_gateway.upstreams import Call, EncodedPrompt
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.answer_bytes import Share, prompt_bytes
+from nanoinfer_gateway.core.completions import Completions, Update
+from nanoinfer_gateway.core.vocabulary import Vocabulary
+from nanoinfer_gateway.upstreams.routing import Call, EncodedPrompt
 
 # Beyond these the engine's stream is not read until the client reads.
 MAX_PENDING_TOKENS = 4096

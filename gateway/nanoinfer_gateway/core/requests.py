@@ -17,10 +17,10 @@ from nanoinfer_common.validation import (
     validate_request,
 )
 
-from nanoinfer_gateway.generation import GenerationRequest, Prompt
-from nanoinfer_gateway.replicas import Replicas
+from nanoinfer_gateway.core.generation import GenerationRequest, Prompt
 from nanoinfer_gateway.settings import GatewaySettings
-from nanoinfer_gateway.upstreams import Call, EncodedPrompt
+from nanoinfer_gateway.upstreams.replicas import Replicas
+from nanoinfer_gateway.upstreams.routing import Call, EncodedPrompt
 
 BYTES_PER_TOKEN_ID = 4
 # A part of a conversation takes at least as much once parsed, be its text empty.
