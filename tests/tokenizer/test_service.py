@@ -19,6 +19,7 @@ from nanoinfer_common.errors import ServiceError, StartError, from_rpc_error
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.server import running
 from nanoinfer_gateway.upstreams.routing import Tokenizer as GatewaysTokenizer
+from nanoinfer_gateway.upstreams.tokenizers import Tokenizers
 from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
 from nanoinfer_tokenizer.service import TokenizerService
 from nanoinfer_tokenizer.settings import TokenizerSettings
@@ -524,11 +525,22 @@ async def test_a_gateway_learns_the_whole_spelling(
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     served = await serve(tmp_path)
     await served.stub.Decode(pb.TokenizerServiceDecodeRequest(tokens=ids(1)))
-    tokenizer = GatewaysTokenizer(served.address, 10.0, lambda _: nullcontext())
+    changed = asyncio.Event()
+
+    async def resolve() -> list[str]:
+        return [served.address]
+
+    replicas = Tokenizers(resolve, 60.0, 60.0, changed.set, lambda *_: None)
+    await replicas.start()
     try:
+        async with asyncio.timeout(60):
+            while not replicas.any_serving:
+                await changed.wait()
+                changed.clear()
+        tokenizer = GatewaysTokenizer(replicas, 10.0, lambda _: nullcontext())
         learnt = await tokenizer.vocabulary()
     finally:
-        await tokenizer.close()
+        await replicas.stop()
     spelling = load_tokenizer(tmp_path).encoding.vocabulary.spelling
     assert learnt.spelling == spelling
     assert (len(spelling.byte_ids), spelling.strip_leading_spaces) == (256, 2)
