@@ -1,108 +1,146 @@
-"""From the contract's requests to a validated generation request."""
+"""Requests as the core holds them, and their validation: each request passes here once."""
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
-import grpc
 from nanoinfer.v1 import gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common import names
-from nanoinfer_common.errors import ServiceError, Violation, invalid
+from nanoinfer_common.errors import Code, ServiceError, Violation, invalid
 from nanoinfer_common.validation import (
     Limits,
-    RequestMetadata,
-    read_metadata,
     validate_messages,
     validate_prompt_ids,
     validate_request,
 )
 
-from nanoinfer_gateway.core.generation import GenerationRequest, Prompt
-from nanoinfer_gateway.settings import GatewaySettings
-from nanoinfer_gateway.upstreams.replicas import Replicas
-from nanoinfer_gateway.upstreams.routing import Call, EncodedPrompt
+from nanoinfer_gateway.core.caller import Caller
 
 BYTES_PER_TOKEN_ID = 4
 # A part of a conversation takes at least as much once parsed, be its text empty.
 BYTES_PER_PART = 32
 
-PromptRequest = (
-    gateway_pb2.GatewayServiceGenerateRequest | gateway_pb2.GatewayServiceGenerateStreamRequest
-)
+Prompt = str | generation_pb2.TokenIds | Sequence[tokenizer_pb2.ChatMessage]
 
 
-def prompt_of(request: PromptRequest) -> Prompt:
-    """Return the prompt that is set, an empty text where none is.
+class Models(Protocol):
+    """The models that the engines serve."""
 
-    Raises INVALID_ARGUMENT for ids with an option that is about text.
+    def models(self) -> list[generation_pb2.ModelInfo]:
+        """Return one entry a name, sorted by name."""
+        ...
+
+    def model(self, name: str | None) -> generation_pb2.ModelInfo:
+        """Return a model's description; None means the served one."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's ids; `fingerprint` is the tokenizer's, None where the caller gave the ids.
+
+    `is_whole` is false where ids at its beginning were left out.
     """
-    if request.WhichOneof("prompt") == "token_ids":
-        refuse_parsing(request, "token_ids")
-        return request.token_ids
-    return request.text
+
+    tokens: generation_pb2.TokenIds
+    fingerprint: bytes | None = None
+    tokenize_ns: int = 0
+    is_whole: bool = True
+
+    def last(self, count: int) -> Self:
+        """Return the prompt with no more than its last `count` ids; 0 keeps all."""
+        if not 0 < count < len(self.tokens.ids):
+            return self
+        kept = generation_pb2.TokenIds(ids=self.tokens.ids[-count:])
+        return replace(self, tokens=kept, is_whole=False)
 
 
-def refuse_parsing(
-    request: PromptRequest | gateway_pb2.GatewayServiceCountTokensRequest, given: str
-) -> None:
-    """Raise INVALID_ARGUMENT where special tokens are to be parsed in something but `text`."""
-    if request.parse_special_tokens:
-        violation = Violation("parse_special_tokens", f"is for text, not for {given}")
-        raise invalid(names.INVALID_PROMPT, "parse_special_tokens is for text", violation)
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A request that is valid. `arrived_ns` is of `time.perf_counter_ns`.
+
+    `parse_special_tokens` reads the text of control tokens in a prompt's text as the tokens;
+    `num_bytes` is the prompt's size in memory.
+    """
+
+    prompt: Prompt
+    options: gateway_pb2.GenerationOptions
+    model: generation_pb2.ModelInfo
+    caller: Caller
+    arrived_ns: int
+    parse_special_tokens: bool = False
+    num_bytes: int = 0
+
+    @property
+    def num_choices(self) -> int:
+        """Number of completions."""
+        sampling = self.options.sampling
+        return sampling.n if sampling.HasField("n") else self.model.default_sampling.n or 1
+
+    @property
+    def num_prompt_tokens(self) -> int | None:
+        """Number of a prompt's ids where the caller gave them; None for text."""
+        return len(self.prompt.ids) if isinstance(self.prompt, generation_pb2.TokenIds) else None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is a conversation."""
+        return not isinstance(self.prompt, str | generation_pb2.TokenIds)
 
 
 class RequestReader:
-    """Validates early what the engine validates again, with the limits that it published."""
+    """Early validation of what the engine validates again, with the limits that it published."""
 
-    def __init__(self, settings: GatewaySettings, replicas: Replicas) -> None:
-        self._settings = settings
-        self._replicas = replicas
-
-    def metadata(self, context: Any, request_id: str | None = None) -> tuple[RequestMetadata, Call]:
-        """Read a call's metadata and deadline, and what of it goes on upstream."""
-        metadata = read_metadata(context.invocation_metadata(), request_id)
-        forwarded = [
-            (names.REQUEST_ID, metadata.request_id),
-            (names.PRIORITY, str(metadata.priority)),
-        ]
-        if metadata.tenant is not None:
-            forwarded.append((names.TENANT, metadata.tenant))
-        remaining = context.time_remaining()
-        if remaining is None:
-            remaining = self._settings.default_deadline_seconds
-        seconds = min(remaining, self._settings.max_deadline_seconds)
-        return metadata, Call(tuple(forwarded), time.monotonic() + seconds)
+    def __init__(self, models: Models, max_prompt_bytes: int) -> None:
+        self._models = models
+        self._max_prompt_bytes = max_prompt_bytes
 
     def generation(
         self,
         prompt: Prompt,
         options: gateway_pb2.GenerationOptions,
-        context: Any,
-        arrived_ns: int,
+        caller: Caller,
         *,
         parse_special_tokens: bool = False,
-    ) -> tuple[GenerationRequest, RequestMetadata]:
+    ) -> GenerationRequest:
         """Validate everything; raises what the contract says for each kind of fault."""
-        given_id = options.request_id if options.HasField("request_id") else None
+        arrived_ns = time.perf_counter_ns()
+        _refuse_parsing(prompt, parse_special_tokens)
         try:
-            model = self._replicas.model(options.model if options.HasField("model") else None)
+            model = self._models.model(options.model if options.HasField("model") else None)
         except ServiceError:
             self._validate(prompt, options, Limits())  # a bad field is told first
             raise
-        self._validate(prompt, options, Limits.of(model))
-        metadata, call = self.metadata(context, given_id)
-        request = GenerationRequest(
-            prompt,
-            options,
-            model,
-            metadata.request_id,
-            call,
-            arrived_ns,
-            parse_special_tokens=parse_special_tokens,
+        num_bytes = self._validate(prompt, options, Limits.of(model))
+        return GenerationRequest(
+            prompt, options, model, caller, arrived_ns, parse_special_tokens, num_bytes
         )
-        return request, metadata
 
-    def num_bytes(self, prompt: Prompt) -> int:
+    def prompt_bytes(
+        self, prompt: Prompt, model: str | None, *, parse_special_tokens: bool = False
+    ) -> int:
+        """Validate a prompt that is only counted, and the name of its model; return its size."""
+        _refuse_parsing(prompt, parse_special_tokens)
+        _validate_form(prompt, Limits())
+        num_bytes = self._num_bytes(prompt)
+        if model is not None:
+            self._models.model(model)
+        return num_bytes
+
+    def _validate(
+        self, prompt: Prompt, options: gateway_pb2.GenerationOptions, limits: Limits
+    ) -> int:
+        """Check options and prompt; return the prompt's size."""
+        validate_request(options, limits)
+        kept = prompt
+        # Without a model the number of ids kept is bounded by nothing, and none is looked at.
+        if isinstance(prompt, generation_pb2.TokenIds) and limits.max_model_len is not None:
+            kept = EncodedPrompt(prompt).last(options.truncate_prompt_tokens).tokens
+        _validate_form(kept, limits)
+        return self._num_bytes(prompt)
+
+    def _num_bytes(self, prompt: Prompt) -> int:
         """Return a prompt's size in bytes, 4 for an id, 32 for a part besides its text.
 
         Raises INVALID_ARGUMENT: INPUT_TOO_LARGE for more text than one request may bring.
@@ -110,11 +148,11 @@ class RequestReader:
         if isinstance(prompt, generation_pb2.TokenIds):
             return len(prompt.ids) * BYTES_PER_TOKEN_ID
         size = len(prompt.encode()) if isinstance(prompt, str) else _conversation_bytes(prompt)
-        limit = self._settings.max_request_prompt_bytes
+        limit = self._max_prompt_bytes
         if size > limit:
             field = "prompt" if isinstance(prompt, str) else "messages"
             raise ServiceError(
-                grpc.StatusCode.INVALID_ARGUMENT,
+                Code.INVALID_ARGUMENT,
                 names.INPUT_TOO_LARGE,
                 f"the {field} has {size} bytes; one request takes {limit}",
                 metadata={"maxBytes": str(limit)},
@@ -122,26 +160,25 @@ class RequestReader:
             )
         return size
 
-    def validate_prompt(self, prompt: Prompt, limits: Limits) -> None:
-        """Check a prompt's form and size."""
-        if isinstance(prompt, generation_pb2.TokenIds):
-            validate_prompt_ids(prompt.ids, limits)
-        elif isinstance(prompt, str):
-            if not prompt:
-                violation = Violation("prompt", "must not be empty")
-                raise invalid(names.INVALID_PROMPT, "prompt must not be empty", violation)
-        else:
-            validate_messages(prompt)
-        self.num_bytes(prompt)
 
-    def _validate(
-        self, prompt: Prompt, options: gateway_pb2.GenerationOptions, limits: Limits
-    ) -> None:
-        validate_request(options, limits)
-        # Without a model the number of ids kept is bounded by nothing, and none is looked at.
-        if isinstance(prompt, generation_pb2.TokenIds) and limits.max_model_len is not None:
-            prompt = EncodedPrompt(prompt).last(options.truncate_prompt_tokens).tokens
-        self.validate_prompt(prompt, limits)
+def _refuse_parsing(prompt: Prompt, parse_special_tokens: bool) -> None:
+    """Raise INVALID_ARGUMENT where special tokens are to be parsed in something but text."""
+    if parse_special_tokens and not isinstance(prompt, str):
+        is_ids = isinstance(prompt, generation_pb2.TokenIds)
+        given = "token_ids" if is_ids else "a conversation"
+        violation = Violation("parse_special_tokens", f"is for text, not for {given}")
+        raise invalid(names.INVALID_PROMPT, "parse_special_tokens is for text", violation)
+
+
+def _validate_form(prompt: Prompt, limits: Limits) -> None:
+    if isinstance(prompt, generation_pb2.TokenIds):
+        validate_prompt_ids(prompt.ids, limits)
+    elif isinstance(prompt, str):
+        if not prompt:
+            violation = Violation("prompt", "must not be empty")
+            raise invalid(names.INVALID_PROMPT, "prompt must not be empty", violation)
+    else:
+        validate_messages(prompt)
 
 
 def _conversation_bytes(messages: Sequence[tokenizer_pb2.ChatMessage]) -> int:
