@@ -33,7 +33,7 @@ PACKAGES = (
     "gateway/nanoinfer_gateway",
 )
 SOURCES = {
-    "admission": "nanoinfer_gateway/admission.py",
+    "admission": "nanoinfer_gateway/core/admission.py",
     "blocks": "nanoinfer_engine/core/blocks.py",
     "cpus": "nanoinfer_engine/step/cpus.py",
     "decoder": "nanoinfer_common/detokenize.py",
@@ -47,7 +47,7 @@ SOURCES = {
     "sampler": "nanoinfer_engine/sampling/sampler.py",
     "scheduler": "nanoinfer_engine/core/scheduler.py",
     "shaping": "nanoinfer_engine/sampling/shaping.py",
-    "text": "nanoinfer_gateway/text.py",
+    "text": "nanoinfer_gateway/core/text.py",
     "validation": "nanoinfer_common/validation.py",
 }
 TESTS = {

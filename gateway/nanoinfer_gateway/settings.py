@@ -3,7 +3,7 @@
 from nanoinfer_common.config import ServiceSettings
 from pydantic import Field, field_validator
 
-from nanoinfer_gateway import addresses
+from nanoinfer_gateway.upstreams import addresses
 
 
 class GatewaySettings(ServiceSettings):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nanoinfer_common.errors import ServiceError
-from nanoinfer_gateway.admission import Admission, Bounds
+from nanoinfer_gateway.core.admission import Admission, Bounds
 
 WIDE = 10**9
 

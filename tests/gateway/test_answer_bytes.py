@@ -11,8 +11,8 @@ import pytest
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import generation_pb2
 from nanoinfer_common.errors import ServiceError, from_rpc_error
-from nanoinfer_gateway.answer_bytes import ENTRY_BYTES, AnswerBytes, WholeAnswer
-from nanoinfer_gateway.generation import MAX_PENDING_BYTES
+from nanoinfer_gateway.core.answer_bytes import ENTRY_BYTES, AnswerBytes, WholeAnswer
+from nanoinfer_gateway.core.generation import MAX_PENDING_BYTES
 
 from tests.gateway.fakes import (
     EngineResponse,

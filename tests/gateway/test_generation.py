@@ -14,17 +14,17 @@ from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, unavailable
 from nanoinfer_common.stream_writes import WriteSlots
-from nanoinfer_gateway.answer_bytes import AnswerBytes, Share
-from nanoinfer_gateway.collecting import collect
-from nanoinfer_gateway.completions import Update
-from nanoinfer_gateway.generation import (
+from nanoinfer_gateway.core.answer_bytes import AnswerBytes, Share
+from nanoinfer_gateway.core.caller import Caller
+from nanoinfer_gateway.core.collecting import Answer, collect
+from nanoinfer_gateway.core.completions import Update
+from nanoinfer_gateway.core.generation import (
     MAX_PENDING_TOKENS,
     Generation,
-    GenerationRequest,
     Upstreams,
 )
-from nanoinfer_gateway.upstreams import Call, EncodedPrompt
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.requests import EncodedPrompt, GenerationRequest
+from nanoinfer_gateway.core.vocabulary import Vocabulary
 
 from tests.gateway.fakes import (
     FINGERPRINT,
@@ -48,16 +48,16 @@ VOCABULARY = Vocabulary(FINGERPRINT, Spelling(TOKENS), frozenset({SPECIAL}))
 
 class Encoder:
     async def encode(
-        self, text: str, call: Call, *, parse_special_tokens: bool = False
+        self, text: str, caller: Caller, *, parse_special_tokens: bool = False
     ) -> EncodedPrompt:
         tokens = generation_pb2.TokenIds(ids=text.encode())
         return EncodedPrompt(tokens, FINGERPRINT, tokenize_ns=5)
 
     async def render_chat(
-        self, messages: Iterable[tokenizer_pb2.ChatMessage], call: Call
+        self, messages: Iterable[tokenizer_pb2.ChatMessage], caller: Caller
     ) -> EncodedPrompt:
         text = "".join(message.role for message in messages)
-        return await self.encode(text, call)
+        return await self.encode(text, caller)
 
 
 class Source:
@@ -70,7 +70,7 @@ class Source:
         self.num_read = 0
 
     async def generate(
-        self, request: engine_pb2.EngineServiceGenerateRequest, model: str, call: Call
+        self, request: engine_pb2.EngineServiceGenerateRequest, model: str, caller: Caller
     ) -> AsyncGenerator[EngineResponse, None]:
         self.requests.append(request)
         try:
@@ -117,8 +117,7 @@ def generation(
         prompt,
         asked or gateway_pb2.GenerationOptions(),
         model_info(**model),
-        "r-1",
-        Call(),
+        Caller("r-1"),
         time.perf_counter_ns(),
     )
     share = Share(AnswerBytes(2**25))
@@ -137,10 +136,10 @@ def text_of(updates: Iterable[Update]) -> str:
 
 async def run(
     behaviour: Behaviour, asked: gateway_pb2.GenerationOptions | None = None, **more: Any
-) -> tuple[gateway_pb2.GatewayServiceGenerateResponse, Source]:
+) -> tuple[Answer, Source]:
     source = Source(behaviour)
     updates = generation(source, asked, **more).updates(nullcontext)
-    return await collect(updates, gateway_pb2.GatewayServiceGenerateResponse()), source
+    return await collect(updates), source
 
 
 async def test_a_whole_answer_has_text_usage_timings_and_seed() -> None:

@@ -9,10 +9,10 @@ import pytest
 from nanoinfer.v1 import generation_pb2
 from nanoinfer_common.config import parse_settings
 from nanoinfer_common.errors import ServiceError
-from nanoinfer_gateway import addresses
-from nanoinfer_gateway.catalogue import list_page
+from nanoinfer_gateway.core.caller import Caller
+from nanoinfer_gateway.core.catalogue import list_page
 from nanoinfer_gateway.settings import GatewaySettings
-from nanoinfer_gateway.upstreams import Call
+from nanoinfer_gateway.upstreams import addresses
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_a_negative_size_and_a_foreign_token_are_refused(size: int, token: str) 
 
 def test_a_hop_gets_what_is_left_less_50_ms_up_to_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    call = Call(deadline=102.0)
+    call = Caller(deadline=102.0)
     assert call.timeout() == pytest.approx(1.95)
     assert call.timeout(1.0) == 1.0
-    assert Call().timeout(3.0) == 3.0
+    assert Caller().timeout(3.0) == 3.0
     with pytest.raises(ServiceError) as raised:
-        Call(deadline=100.04).timeout()
+        Caller(deadline=100.04).timeout()
     assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED

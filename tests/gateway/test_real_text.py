@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoinfer_common.detokenize import Spelling
-from nanoinfer_gateway.text import CompletionText
+from nanoinfer_gateway.core.text import CompletionText
 from nanoinfer_tokenizer.encodings import Vocabulary
 from nanoinfer_tokenizer.loading import load_tokenizer
 from tokenizers import Tokenizer

@@ -12,8 +12,8 @@ import grpc
 import pytest
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import generation_pb2
-from nanoinfer_gateway.interruption import Interruption, Silence
-from nanoinfer_gateway.tokenizers import CHECKS_IN_SILENCE
+from nanoinfer_gateway.upstreams.interruption import Interruption, Silence
+from nanoinfer_gateway.upstreams.tokenizers import CHECKS_IN_SILENCE
 
 from tests.gateway.fakes import (
     EngineResponse,

@@ -11,7 +11,7 @@ import pytest
 import structlog
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer.v1 import generation_pb2
-from nanoinfer_gateway import replicas
+from nanoinfer_gateway.upstreams import replicas
 
 from tests.gateway.fakes import FakeEngine, FakeTokenizer, eventually, gateway, serving
 from tests.gateway.processes import become, gateway_process
@@ -25,8 +25,8 @@ OWNERS = {
     "services/common/nanoinfer_common/sending.py",
     "services/common/nanoinfer_common/server.py",
     "services/engine/nanoinfer_engine/core/engine.py",
-    "gateway/nanoinfer_gateway/generation.py",
-    "gateway/nanoinfer_gateway/vocabulary.py",
+    "gateway/nanoinfer_gateway/core/generation.py",
+    "gateway/nanoinfer_gateway/core/vocabulary.py",
 }
 # a service that meets no distribution of its name, as one that runs from a folder of sources
 WITHOUT_DISTRIBUTION = """
@@ -84,7 +84,7 @@ async def test_a_look_up_that_fails_unexpectedly_shows_in_health(
             raise ValueError("unexpected")
         return frozenset(f"ipv4:{address}" for address in given)
 
-    monkeypatch.setattr("nanoinfer_gateway.addresses.resolve", resolve)
+    monkeypatch.setattr("nanoinfer_gateway.upstreams.addresses.resolve", resolve)
     async with (
         serving(FakeTokenizer()) as one,
         serving(FakeEngine()) as two,

@@ -243,7 +243,7 @@ async def test_nothing_is_held_after_a_burst(
 
     outcomes = await asyncio.gather(*[one() for _ in range(20)])
     assert set(outcomes) == {"Hello", "RESOURCE_EXHAUSTED"}
-    gate = service._admission
+    gate = service.gateway.admission
     assert (gate.num_requests, gate.num_prompt_tokens, gate.num_prompt_bytes) == (0, 0, 0)
 
 

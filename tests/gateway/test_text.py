@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanoinfer_common.detokenize import Spelling, TextDecoder
-from nanoinfer_gateway.text import CompletionText, StopMatcher
+from nanoinfer_gateway.core.text import CompletionText, StopMatcher
 
 BYTE_TABLE = Spelling(tuple(bytes([value]) for value in range(256)))
 # few characters, so that stop strings overlap, repeat and nearly match

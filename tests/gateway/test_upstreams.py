@@ -13,8 +13,8 @@ import pytest
 from nanoinfer.v1 import engine_pb2, generation_pb2
 from nanoinfer.v1 import gateway_pb2 as pb
 from nanoinfer_common.errors import ServiceError, unavailable
-from nanoinfer_gateway.fleet import Connection
-from nanoinfer_gateway.replicas import Replicas
+from nanoinfer_gateway.upstreams.fleet import Connection
+from nanoinfer_gateway.upstreams.replicas import Replicas
 
 from tests.gateway.fakes import (
     TOKENS,

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError
-from nanoinfer_gateway.vocabulary import MAX_FETCHES, MAX_KEPT, Vocabularies, Vocabulary
+from nanoinfer_gateway.core.vocabulary import MAX_FETCHES, MAX_KEPT, Vocabularies, Vocabulary
 
 
 def vocabulary(number: int = 0) -> Vocabulary:

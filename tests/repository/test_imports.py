@@ -46,6 +46,7 @@ ALLOWED = {
     "gateway/nanoinfer_gateway": {"nanoinfer_gateway", "grpc_health", *SERVICE},
 }
 ENGINE = ROOT / "services/engine/nanoinfer_engine"
+GATEWAY_CORE = ROOT / "gateway/nanoinfer_gateway/core"
 # what of the shared room reads a model's files: the standard library alone, no proto, no grpc
 PLAIN = {"nanoinfer_common.json_files", "nanoinfer_common.model_paths"}
 
@@ -90,6 +91,23 @@ def test_only_the_engines_edge_knows_proto_and_grpc() -> None:
     for path in set(ENGINE.rglob("*.py")) - set(edge):
         packages = {name.partition(".")[0] for name in set(modules(path)) - PLAIN}
         assert packages.isdisjoint({"grpc", "google", "nanoinfer", "nanoinfer_common"}), path
+
+
+def test_the_gateways_core_takes_no_rpc_and_no_context() -> None:
+    """Messages are its values; the RPCs that carry them, and what comes with a call, are not."""
+    files = list(GATEWAY_CORE.rglob("*.py"))
+    assert len(files) > 10
+    foreign = (
+        "GatewayService",
+        "_pb2_grpc",
+        "context: Any",
+        "invocation_metadata",
+        "read_metadata",
+    )
+    for path in files:
+        text = path.read_text()
+        assert [name for name in foreign if name in text] == [], path
+        assert set(imported(path)).isdisjoint({"grpc", "grpc_health"}), path
 
 
 def test_what_reads_a_models_files_for_all_is_the_standard_librarys_alone() -> None:

@@ -18,9 +18,9 @@ from nanoinfer_common import names
 from nanoinfer_common.errors import ServiceError, StartError, from_rpc_error
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
 from nanoinfer_common.server import running
-from nanoinfer_gateway.tokenizers import Tokenizers
-from nanoinfer_gateway.upstreams import Tokenizer as GatewaysTokenizer
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.vocabulary import Vocabulary
+from nanoinfer_gateway.upstreams.routing import Tokenizer as GatewaysTokenizer
+from nanoinfer_gateway.upstreams.tokenizers import Tokenizers
 from nanoinfer_tokenizer.loading import LoadedTokenizer, load_tokenizer
 from nanoinfer_tokenizer.service import TokenizerService
 from nanoinfer_tokenizer.settings import TokenizerSettings

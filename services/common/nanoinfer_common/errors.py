@@ -6,7 +6,7 @@ details together stay within 2 KiB, because larger ones are lost on the way.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -14,6 +14,9 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from nanoinfer_common import names
+
+# The canonical codes, for rooms that know no transport; every face has its own mapping of them.
+Code: TypeAlias = grpc.StatusCode
 
 MAX_STATUS_BYTES = 2048
 MAX_TEXT_BYTES = 512

@@ -1,20 +1,26 @@
-"""A whole answer is the stream, collected."""
+"""Whole answers: the stream of updates, collected."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TypeVar
+from dataclasses import dataclass, field
 
-from nanoinfer.v1 import gateway_pb2
+from nanoinfer.v1 import gateway_pb2, generation_pb2
 
-from nanoinfer_gateway.completions import Update
-
-Response = TypeVar(
-    "Response", gateway_pb2.GatewayServiceGenerateResponse, gateway_pb2.GatewayServiceChatResponse
-)
+from nanoinfer_gateway.core.completions import Update
 
 
-async def collect(updates: AsyncGenerator[Update, None], response: Response) -> Response:
-    """Read all updates into the response: one choice an index, in order."""
+@dataclass
+class Answer:
+    """All completions of a request: one choice an index, in order."""
+
+    prompt_info: generation_pb2.PromptInfo | None = None
+    choices: list[gateway_pb2.Choice] = field(default_factory=list)
+    summary: generation_pb2.GenerationSummary | None = None
+
+
+async def collect(updates: AsyncGenerator[Update, None]) -> Answer:
+    """Read all updates into one answer."""
+    answer = Answer()
     texts: dict[int, list[str]] = {}
     choices: dict[int, gateway_pb2.Choice] = {}
 
@@ -24,7 +30,7 @@ async def collect(updates: AsyncGenerator[Update, None], response: Response) -> 
     async with aclosing(updates):
         async for update in updates:
             if update.prompt_info is not None:
-                response.prompt_info.CopyFrom(update.prompt_info)
+                answer.prompt_info = update.prompt_info
             for delta in update.deltas:
                 texts.setdefault(delta.index, []).append(delta.text)
                 choice(delta.index).token_ids.extend(delta.token_ids)
@@ -32,8 +38,8 @@ async def collect(updates: AsyncGenerator[Update, None], response: Response) -> 
             for finish in update.finishes:
                 choice(finish.index).finish.CopyFrom(finish)
             if update.summary is not None:
-                response.summary.CopyFrom(update.summary)
+                answer.summary = update.summary
     for index in sorted(choices):
         choices[index].text = "".join(texts.get(index, ()))
-        response.choices.append(choices[index])
-    return response
+        answer.choices.append(choices[index])
+    return answer

@@ -14,8 +14,8 @@ from nanoinfer.v1 import engine_pb2, engine_pb2_grpc, generation_pb2
 from nanoinfer_common import names, tasks
 from nanoinfer_common.errors import ServiceError, Violation, invalid, not_found_model, unavailable
 
-from nanoinfer_gateway.fleet import Connection, Fleet, Replica, Watching
-from nanoinfer_gateway.interruption import Silence
+from nanoinfer_gateway.upstreams.fleet import Connection, Fleet, Replica, Watching
+from nanoinfer_gateway.upstreams.interruption import Silence
 
 PROBE_SECONDS = 5.0
 # the longest deadline that a server takes; the stream is then opened again

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2
 
-from nanoinfer_gateway.answer_bytes import ENTRY_BYTES, TOKEN_ID_BYTES
-from nanoinfer_gateway.text import CompletionText
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.answer_bytes import ENTRY_BYTES, TOKEN_ID_BYTES
+from nanoinfer_gateway.core.text import CompletionText
+from nanoinfer_gateway.core.vocabulary import Vocabulary
 
 
 @dataclass

@@ -12,8 +12,8 @@ from nanoinfer.v1 import tokenizer_pb2_grpc
 from nanoinfer_common import names, tasks
 from nanoinfer_common.errors import unavailable
 
-from nanoinfer_gateway.fleet import Connection, Fleet, Replica, Watching
-from nanoinfer_gateway.interruption import Silence
+from nanoinfer_gateway.upstreams.fleet import Connection, Fleet, Replica, Watching
+from nanoinfer_gateway.upstreams.interruption import Silence
 
 CHECKS_IN_SILENCE = 6  # so many questions go unanswered before a replica counts as silent
 # a tokenizer without the health service, or without the name, answers and so is there

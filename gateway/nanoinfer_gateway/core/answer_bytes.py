@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-import grpc
 from nanoinfer.v1 import gateway_pb2, generation_pb2
 from nanoinfer_common import names
-from nanoinfer_common.errors import ServiceError, Violation, exhausted
+from nanoinfer_common.errors import Code, ServiceError, Violation, exhausted
 
 # A log-probability with its id, rank and framing; the token's own bytes come on top. The least is
 # of small ids and likely tokens, so that what exceeds a bound with it exceeds the bound for sure.
@@ -121,7 +120,7 @@ class WholeAnswer:
         field = next((name for name, is_asked in asked.items() if is_asked), "stopping.max_tokens")
         description = f"asks for an answer of more than {self._max_bytes} bytes: stream it instead"
         return ServiceError(
-            grpc.StatusCode.INVALID_ARGUMENT,
+            Code.INVALID_ARGUMENT,
             names.ANSWER_TOO_LARGE,
             f"{field} {description}",
             metadata={"maxBytes": str(self._max_bytes)},

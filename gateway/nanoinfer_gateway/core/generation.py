@@ -1,7 +1,6 @@
-"""The core: decode(generate(encode(prompt))), one object per request.
+"""One request's flow, decode(generate(encode(prompt))): one object each.
 
-It takes an encoder, a token source and the vocabularies, and knows neither the server's RPCs nor
-where upstreams are. A unary answer is the same stream, collected.
+It takes an encoder, a token source and the vocabularies, and does not know where these are.
 """
 
 import asyncio
@@ -12,22 +11,21 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-import grpc
 from nanoinfer.v1 import engine_pb2, gateway_pb2, generation_pb2, tokenizer_pb2
 from nanoinfer_common import names
-from nanoinfer_common.errors import ServiceError, unavailable
+from nanoinfer_common.errors import Code, ServiceError, unavailable
 from nanoinfer_common.telemetry import record_span
 
-from nanoinfer_gateway.answer_bytes import Share, prompt_bytes
-from nanoinfer_gateway.completions import Completions, Update
-from nanoinfer_gateway.upstreams import Call, EncodedPrompt
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.answer_bytes import Share, prompt_bytes
+from nanoinfer_gateway.core.caller import Caller
+from nanoinfer_gateway.core.completions import Completions, Update
+from nanoinfer_gateway.core.requests import EncodedPrompt, GenerationRequest, Prompt
+from nanoinfer_gateway.core.vocabulary import Vocabulary
 
 # Beyond these the engine's stream is not read until the client reads.
 MAX_PENDING_TOKENS = 4096
 MAX_PENDING_BYTES = 128 * 1024
 
-Prompt = str | generation_pb2.TokenIds | Sequence[tokenizer_pb2.ChatMessage]
 Slot = Callable[[], AbstractAsyncContextManager[object]]
 
 
@@ -35,13 +33,13 @@ class Encoder(Protocol):
     """Turns text and conversations into ids."""
 
     async def encode(
-        self, text: str, call: Call, *, parse_special_tokens: bool = False
+        self, text: str, caller: Caller, *, parse_special_tokens: bool = False
     ) -> EncodedPrompt:
         """Return a text's ids and the tokenizer's fingerprint."""
         ...
 
     async def render_chat(
-        self, messages: Iterable[tokenizer_pb2.ChatMessage], call: Call
+        self, messages: Iterable[tokenizer_pb2.ChatMessage], caller: Caller
     ) -> EncodedPrompt:
         """Return a conversation's ids and the tokenizer's fingerprint."""
         ...
@@ -51,7 +49,7 @@ class TokenSource(Protocol):
     """Turns ids into more ids."""
 
     def generate(
-        self, request: engine_pb2.EngineServiceGenerateRequest, model: str, call: Call
+        self, request: engine_pb2.EngineServiceGenerateRequest, model: str, caller: Caller
     ) -> AsyncGenerator[engine_pb2.EngineServiceGenerateResponse, None]:
         """Stream an engine's messages; closing the generator cancels the engine's call."""
         ...
@@ -68,27 +66,17 @@ class Upstreams:
     engines: TokenSource
     vocabulary: Callable[[bytes | None, frozenset[int] | None], Awaitable[Vocabulary]]
 
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One request, validated. `arrived_ns` is of `time.perf_counter_ns`.
-
-    `parse_special_tokens` reads the text of control tokens in a prompt's text as the tokens.
-    """
-
-    prompt: Prompt
-    options: gateway_pb2.GenerationOptions
-    model: generation_pb2.ModelInfo
-    request_id: str
-    call: Call
-    arrived_ns: int
-    parse_special_tokens: bool = False
-
-    @property
-    def num_choices(self) -> int:
-        """How many completions are asked for."""
-        sampling = self.options.sampling
-        return sampling.n if sampling.HasField("n") else self.model.default_sampling.n or 1
+    async def encode(
+        self, prompt: Prompt, caller: Caller, *, parse_special_tokens: bool = False
+    ) -> EncodedPrompt:
+        """Return a prompt's ids, which may be given already."""
+        if isinstance(prompt, generation_pb2.TokenIds):
+            return EncodedPrompt(prompt)
+        if isinstance(prompt, str):
+            return await self.encoder.encode(
+                prompt, caller, parse_special_tokens=parse_special_tokens
+            )
+        return await self.encoder.render_chat(prompt, caller)
 
 
 class Generation:
@@ -121,9 +109,12 @@ class Generation:
         that more merges the longer one waits for it. Raises ENGINE_LOST_MID_STREAM (metadata
         `outputTokens`) where tokens had come already, and what encoder and engines raise.
         """
-        prompt = (await self._encode()).last(self._request.options.truncate_prompt_tokens)
-        self._on_encoded(len(prompt.tokens.ids))
         request = self._request
+        encoded = await self._upstreams.encode(
+            request.prompt, request.caller, parse_special_tokens=request.parse_special_tokens
+        )
+        prompt = encoded.last(request.options.truncate_prompt_tokens)
+        self._on_encoded(len(prompt.tokens.ids))
         fingerprint = prompt.fingerprint or request.model.tokenizer_fingerprint or None
         vocabulary = await self._upstreams.vocabulary(fingerprint, _eos(request.model))
         options = _with_seed(request.options)
@@ -158,18 +149,6 @@ class Generation:
             await asyncio.gather(reader, return_exceptions=True)
             self._record_detokenize(completions)
 
-    async def _encode(self) -> EncodedPrompt:
-        prompt = self._request.prompt
-        if isinstance(prompt, generation_pb2.TokenIds):
-            return EncodedPrompt(prompt)
-        if isinstance(prompt, str):
-            return await self._upstreams.encoder.encode(
-                prompt,
-                self._request.call,
-                parse_special_tokens=self._request.parse_special_tokens,
-            )
-        return await self._upstreams.encoder.render_chat(prompt, self._request.call)
-
     async def _read(
         self, request: engine_pb2.EngineServiceGenerateRequest, completions: Completions
     ) -> None:
@@ -180,7 +159,7 @@ class Generation:
                 raise unavailable(names.ENGINE_LOST, "the engine's stream ended early", 1.0)
             self._succeeded = True
         except ServiceError as error:
-            if error.code is not grpc.StatusCode.UNAVAILABLE or not completions.num_tokens:
+            if error.code is not Code.UNAVAILABLE or not completions.num_tokens:
                 raise
             raise _lost_mid_stream(completions.num_tokens) from error
         finally:
@@ -191,7 +170,7 @@ class Generation:
         self, request: engine_pb2.EngineServiceGenerateRequest, completions: Completions
     ) -> None:
         messages = self._upstreams.engines.generate(
-            request, self._request.model.id, self._request.call
+            request, self._request.model.id, self._request.caller
         )
         async with aclosing(messages):
             async for message in messages:
@@ -243,7 +222,7 @@ class Generation:
             timings=timings,
             model=self._request.model.id,
             tokenizer_fingerprint=vocabulary.fingerprint,
-            request_id=self._request.request_id,
+            request_id=self._request.caller.request_id,
         )
 
     @property
@@ -302,7 +281,7 @@ def _engine_request(
 ) -> engine_pb2.EngineServiceGenerateRequest:
     """The engine's request: the same messages, without what is done here."""
     result = engine_pb2.EngineServiceGenerateRequest(
-        prompt=prompt.tokens, request_id=request.request_id
+        prompt=prompt.tokens, request_id=request.caller.request_id
     )
     for name in ("sampling", "stopping", "response", "structured_output"):
         if options.HasField(name):
@@ -320,7 +299,7 @@ def _engine_request(
 
 def _lost_mid_stream(num_tokens: int) -> ServiceError:
     return ServiceError(
-        grpc.StatusCode.UNAVAILABLE,
+        Code.UNAVAILABLE,
         names.ENGINE_LOST_MID_STREAM,
         f"the engine is gone after {num_tokens} tokens",
         metadata={"outputTokens": str(num_tokens)},

@@ -18,7 +18,7 @@ import structlog
 from nanoinfer_common import tasks
 from nanoinfer_common.channels import open_channel
 
-from nanoinfer_gateway.interruption import Interruption, Silence
+from nanoinfer_gateway.upstreams.interruption import Interruption, Silence
 
 MIN_RETRY_SECONDS = 0.05
 MAX_RETRY_SECONDS = 1.0

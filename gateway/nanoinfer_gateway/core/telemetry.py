@@ -3,7 +3,8 @@
 from nanoinfer.v1 import gateway_pb2, generation_pb2
 from opentelemetry.util.types import AttributeValue
 
-from nanoinfer_gateway.generation import Generation, GenerationRequest
+from nanoinfer_gateway.core.generation import Generation
+from nanoinfer_gateway.core.requests import GenerationRequest
 
 _SAMPLING = {
     "seed": "gen_ai.request.seed",
@@ -20,18 +21,16 @@ _FINISH_REASONS = {
 }
 
 
-def request_attributes(
-    request: GenerationRequest, operation: str, *, is_stream: bool
-) -> dict[str, AttributeValue]:
+def request_attributes(request: GenerationRequest, *, is_stream: bool) -> dict[str, AttributeValue]:
     """Describe what was asked; options that the client left unset are absent."""
     options = request.options
     sampling = options.sampling
     attributes: dict[str, AttributeValue] = {
-        "gen_ai.operation.name": operation,
+        "gen_ai.operation.name": "chat" if request.is_chat else "text_completion",
         "gen_ai.provider.name": "nanoinfer",
         "gen_ai.request.model": request.model.id,
         "gen_ai.request.stream": is_stream,
-        "gen_ai.response.id": request.request_id,
+        "gen_ai.response.id": request.caller.request_id,
         "gen_ai.output.type": _output_type(options),
         "nanoinfer.request.stop_count": len(options.stop),
     }

@@ -9,28 +9,27 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import structlog
 from google.protobuf.message import Message
 from nanoinfer.v1 import (
     engine_pb2,
-    generation_pb2,
     tokenizer_pb2,
 )
 from nanoinfer_common import names
 from nanoinfer_common.detokenize import Spelling
 from nanoinfer_common.errors import ServiceError, from_rpc_error, internal, unavailable
 
-from nanoinfer_gateway.fleet import Connection, SilentError
-from nanoinfer_gateway.replicas import EngineReplica, Replicas
-from nanoinfer_gateway.tokenizers import Tokenizers
-from nanoinfer_gateway.vocabulary import Vocabulary
+from nanoinfer_gateway.core.caller import Caller, deadline_exceeded
+from nanoinfer_gateway.core.requests import EncodedPrompt
+from nanoinfer_gateway.core.vocabulary import Vocabulary
+from nanoinfer_gateway.upstreams.fleet import Connection, SilentError
+from nanoinfer_gateway.upstreams.replicas import EngineReplica, Replicas
+from nanoinfer_gateway.upstreams.tokenizers import Tokenizers
 
-HOP_MARGIN_SECONDS = 0.05
 MAX_ATTEMPTS = 3
 MAX_TOKENIZER_ATTEMPTS = 4
 BACKOFF_SECONDS = 0.05
@@ -46,53 +45,6 @@ Answer = TypeVar("Answer")
 Observe = Callable[[str], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class Call:
-    """What every upstream call of one request carries: metadata and deadline.
-
-    `deadline` is in seconds of the monotonic clock; None means that the caller has none.
-    """
-
-    metadata: tuple[tuple[str, str], ...] = ()
-    deadline: float | None = None
-
-    def timeout(self, cap: float | None = None) -> float | None:
-        """Return min(remaining - 50 ms, cap) in seconds; DEADLINE_EXCEEDED once that is spent."""
-        if self.deadline is None:
-            return cap
-        remaining = self.deadline - time.monotonic() - HOP_MARGIN_SECONDS
-        if remaining <= 0:
-            raise deadline_exceeded()
-        return remaining if cap is None else min(remaining, cap)
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt's ids; `fingerprint` is the tokenizer's, None where the caller gave the ids.
-
-    `is_whole` is false where ids at its beginning were left out.
-    """
-
-    tokens: generation_pb2.TokenIds
-    fingerprint: bytes | None = None
-    tokenize_ns: int = 0
-    is_whole: bool = True
-
-    def last(self, count: int) -> Self:
-        """Return the prompt with no more than its last `count` ids; 0 keeps all."""
-        if not 0 < count < len(self.tokens.ids):
-            return self
-        kept = generation_pb2.TokenIds(ids=self.tokens.ids[-count:])
-        return replace(self, tokens=kept, is_whole=False)
-
-
-def deadline_exceeded() -> ServiceError:
-    """Return DEADLINE_EXCEEDED."""
-    return ServiceError(
-        grpc.StatusCode.DEADLINE_EXCEEDED, names.DEADLINE_EXCEEDED, "the deadline is over"
-    )
-
-
 class Tokenizer:
     """The tokenizers as one: a call that one of them leaves unanswered goes to another."""
 
@@ -102,36 +54,36 @@ class Tokenizer:
         self._observe = observe
 
     async def encode(
-        self, text: str, call: Call, *, parse_special_tokens: bool = False
+        self, text: str, caller: Caller, *, parse_special_tokens: bool = False
     ) -> EncodedPrompt:
         """Return a text's ids. Raises what the tokenizer raises, or TOKENIZER_UNAVAILABLE."""
         request = tokenizer_pb2.TokenizerServiceEncodeRequest(
             text=text, parse_special_tokens=parse_special_tokens or None
         )
-        return await self._encoded("Encode", request, call)
+        return await self._encoded("Encode", request, caller)
 
     async def render_chat(
-        self, messages: Iterable[tokenizer_pb2.ChatMessage], call: Call
+        self, messages: Iterable[tokenizer_pb2.ChatMessage], caller: Caller
     ) -> EncodedPrompt:
         """Return a conversation's ids, as the chat template renders it; raises like `encode`."""
         request = tokenizer_pb2.TokenizerServiceRenderChatRequest(messages=messages)
-        return await self._encoded("RenderChat", request, call)
+        return await self._encoded("RenderChat", request, caller)
 
     async def vocabulary(self) -> Vocabulary:
         """Fetch the whole vocabulary."""
-        return await self._ask(_fetch_vocabulary, Call(), VOCABULARY_TIMEOUT_SECONDS)
+        return await self._ask(_fetch_vocabulary, Caller(), VOCABULARY_TIMEOUT_SECONDS)
 
-    async def _encoded(self, method: str, request: Message, call: Call) -> EncodedPrompt:
+    async def _encoded(self, method: str, request: Message, caller: Caller) -> EncodedPrompt:
         async def encode(stub: Any, timeout: float | None) -> Any:
-            return await getattr(stub, method)(request, timeout=timeout, metadata=call.metadata)
+            return await getattr(stub, method)(request, timeout=timeout, metadata=_metadata(caller))
 
         started = time.perf_counter_ns()
-        response = await self._ask(encode, call, self._timeout_seconds)
+        response = await self._ask(encode, caller, self._timeout_seconds)
         elapsed = time.perf_counter_ns() - started
         return EncodedPrompt(response.tokens, response.tokenizer_fingerprint, elapsed)
 
     async def _ask(
-        self, work: Callable[[Any, float | None], Awaitable[Answer]], call: Call, cap: float
+        self, work: Callable[[Any, float | None], Awaitable[Answer]], caller: Caller, cap: float
     ) -> Answer:
         """Make an idempotent call to a tokenizer, and to others where that one does not answer.
 
@@ -147,7 +99,7 @@ class Tokenizer:
             if connection in tried:
                 await asyncio.sleep(random.uniform(0.5, 1) * BACKOFF_SECONDS * 2**attempt)
             tried.add(connection)
-            timeout = call.timeout(cap)
+            timeout = caller.timeout(cap)
             has_other = partial(self._replicas.has_other, tried)
             try:
                 with (
@@ -161,7 +113,7 @@ class Tokenizer:
             except grpc.aio.AioRpcError as error:
                 last, code = error, error.code()
                 if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                    call.timeout()  # raises where the caller's own deadline is over
+                    caller.timeout()  # raises where the caller's own deadline is over
                     num_timeouts += 1
                     if num_timeouts > 1 or not has_other():
                         break
@@ -201,7 +153,7 @@ class Engines:
         self._observe = observe
 
     async def generate(
-        self, request: engine_pb2.EngineServiceGenerateRequest, model: str, call: Call
+        self, request: engine_pb2.EngineServiceGenerateRequest, model: str, caller: Caller
     ) -> AsyncGenerator[engine_pb2.EngineServiceGenerateResponse, None]:
         """Stream an engine's messages; closing the generator cancels the engine's call at once.
 
@@ -218,7 +170,7 @@ class Engines:
             tried.add(replica.connection)
             num_messages = 0
             try:
-                stream = self._stream(replica, request, call, has_other)
+                stream = self._stream(replica, request, caller, has_other)
                 async with aclosing(stream) as messages:
                     async for message in messages:
                         num_messages += 1
@@ -238,12 +190,12 @@ class Engines:
         self,
         replica: EngineReplica,
         request: engine_pb2.EngineServiceGenerateRequest,
-        call: Call,
+        caller: Caller,
         has_other: Callable[[], bool],
     ) -> AsyncGenerator[engine_pb2.EngineServiceGenerateResponse, None]:
-        timeout, connection = call.timeout(), replica.connection
+        timeout, connection = caller.timeout(), replica.connection
         with connection.in_flight(), self._observe("engine"):
-            rpc: Any = replica.stub.Generate(request, timeout=timeout, metadata=call.metadata)
+            rpc: Any = replica.stub.Generate(request, timeout=timeout, metadata=_metadata(caller))
             try:
                 with self._replicas.movable(connection, has_other):
                     message = await rpc.read()
@@ -252,6 +204,12 @@ class Engines:
                     message = await rpc.read()
             finally:
                 rpc.cancel()
+
+
+def _metadata(caller: Caller) -> tuple[tuple[str, str], ...]:
+    """Return the caller as metadata of an upstream's call."""
+    pairs = ((names.REQUEST_ID, caller.request_id), (names.PRIORITY, str(caller.priority)))
+    return pairs if caller.tenant is None else (*pairs, (names.TENANT, caller.tenant))
 
 
 def _engine_error(error: grpc.aio.AioRpcError) -> ServiceError:

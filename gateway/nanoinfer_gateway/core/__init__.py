@@ -1,0 +1,1 @@
+"""Generation of text without a transport: admission, the flow, decoding, stop strings."""

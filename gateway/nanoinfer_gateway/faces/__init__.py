@@ -1,0 +1,1 @@
+"""Transports: requests become the core's values, and its updates become messages."""

@@ -1,0 +1,1 @@
+"""Tokenizers and engines: addresses, replicas, signs of life, calls that move on."""
