@@ -1,8 +1,7 @@
-"""The HorizontalPodAutoscaler's algorithm (autoscaling/v2), as the Kubernetes controller does it.
+"""The HorizontalPodAutoscaler's algorithm (autoscaling/v2), on the manifests that are deployed.
 
-Read from the manifests that are deployed. Sources: the Kubernetes documentation "Horizontal Pod
-Autoscaling" (algorithm details, configurable scaling behaviour) and, for pods without a figure,
-the controller's replica calculator.
+Sources: "Horizontal Pod Autoscaling" in the Kubernetes documentation and, for pods without a
+figure, the controller's replica calculator. KEDA acts through an HPA with the same targets.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SYNC_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Rules:
-    """One direction of `behavior`: (type, value, periodSeconds) of each policy; the most counts."""
+    """One direction of `behavior`: window, and (type, value, periodSeconds) of each policy."""
 
     window: float
     policies: tuple[tuple[str, float, float], ...]
@@ -31,7 +30,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an autoscaler says. Targets are means per pod; cpu is a share of what is requested."""
+    """One autoscaler. Targets are means per pod; `cpu` is a share of what is requested."""
 
     min_replicas: int
     max_replicas: int
@@ -42,7 +41,7 @@ class Settings:
     @classmethod
     @cache
     def load(cls, service: str) -> Settings:
-        """Reads components/hpa."""
+        """Read components/hpa."""
         spec = yaml.safe_load((COMPONENTS / "hpa" / f"{service}.yaml").read_text())["spec"]
         targets = {}
         for metric in spec["metrics"]:
@@ -60,11 +59,7 @@ def _rules(behaviour: dict[str, Any]) -> Rules:
     return Rules(behaviour["stabilizationWindowSeconds"], tuple(policies))
 
 
-def _near_one(ratio: float) -> bool:
-    return 1 - TOLERANCE <= ratio <= 1 + TOLERANCE
-
-
-def pods_proposal(values: Sequence[float], missing: int, target: float) -> int:
+def proposal(values: Sequence[float], missing: int, target: float) -> int:
     """Replicas for a mean per pod; `missing` pods give no figure.
 
     They count as idle when the others call for more, and as at the target when they call for less;
@@ -74,20 +69,11 @@ def pods_proposal(values: Sequence[float], missing: int, target: float) -> int:
     if not values:
         return current
     ratio = sum(values) / len(values) / target
-    if not missing:
-        return current if _near_one(ratio) else math.ceil(round(ratio * current, 9))
     filled = sum(values) + (missing * target if ratio < 1 else 0.0)
     new_ratio = filled / current / target
-    if _near_one(new_ratio) or (ratio < 1) != (new_ratio < 1):
+    if abs(new_ratio - 1) <= TOLERANCE + 1e-9 or (ratio < 1) != (new_ratio < 1):
         return current
     return math.ceil(round(new_ratio * current, 9))
-
-
-def external_proposal(total: float, current: int, target: float) -> int:
-    """Replicas for a summed metric with an AverageValue target, which is what KEDA asks with."""
-    if _near_one(total / (current * target)):
-        return current
-    return math.ceil(round(total / target, 9))
 
 
 @dataclass
@@ -101,26 +87,25 @@ class Autoscaler:
     def decide(self, now: float, current: int, proposals: Sequence[int]) -> int:
         """The number of replicas to set: highest proposal, stabilised, rate-limited, bounded."""
         settings = self.settings
-        # a limit of the bounds comes last, but recommendations are remembered without it
-        wanted = max(proposals)
-        recent = [*self.recommendations, (now, wanted)]
+        # the bounds come last; recommendations are remembered without them
+        recent = [*self.recommendations, (now, max(proposals))]
         lowest = min(n for t, n in recent if t > now - settings.up.window or t == now)
         highest = max(n for t, n in recent if t > now - settings.down.window or t == now)
         horizon = now - max(settings.up.window, settings.down.window)
         self.recommendations = [(t, n) for t, n in recent if t > horizon]
-        stable = min(max(current, lowest), highest)
-        if stable > current:
-            stable = min(stable, self._limit(now, current, settings.up, 1))
-        elif stable < current:
-            stable = max(stable, self._limit(now, current, settings.down, -1))
-        result = min(max(stable, settings.min_replicas), settings.max_replicas)
+        wanted = min(max(current, lowest), highest)
+        if wanted > current:
+            wanted = min(wanted, self._limit(now, current, settings.up, 1))
+        elif wanted < current:
+            wanted = max(wanted, self._limit(now, current, settings.down, -1))
+        result = min(max(wanted, settings.min_replicas), settings.max_replicas)
         if result != current:
             self.changes.append((now, result - current))
         return result
 
     def _limit(self, now: float, current: int, rules: Rules, sign: int) -> int:
         """The furthest that the most generous policy allows, from where its period began."""
-        limits = []
+        limits = [current]
         for kind, value, period in rules.policies:
             begin = current - sum(n for t, n in self.changes if t > now - period)
             if kind == "Pods":
@@ -129,4 +114,4 @@ class Autoscaler:
                 limits.append(math.ceil(begin * (1 + value / 100)))
             else:
                 limits.append(int(begin * (1 - value / 100)))
-        return max(*limits, current) if sign > 0 else min(*limits, current)
+        return max(limits) if sign > 0 else min(limits)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks.scale.autoscaler import (
     Autoscaler,
     Rules,
     Settings,
-    external_proposal,
-    pods_proposal,
+    proposal,
 )
 
 FREE = Rules(0, (("Percent", 10_000, 15),))
@@ -47,29 +44,7 @@ def settings(up: Rules = FREE, down: Rules = AT_ONCE, highest: int = 1000) -> Se
     ],
 )
 def test_pods_metric(values: list[float], missing: int, target: float, expected: int) -> None:
-    assert pods_proposal(values, missing, target) == expected
-
-
-@pytest.mark.parametrize(
-    ("total", "current", "target", "expected"),
-    [
-        (50.0, 2, 5.0, 10),
-        (11.0, 2, 5.0, 2),
-        (12.0, 2, 5.0, 3),
-        (0.0, 4, 5.0, 0),
-        (96.0, 2, 48.0, 2),
-    ],
-)
-def test_external_metric(total: float, current: int, target: float, expected: int) -> None:
-    assert external_proposal(total, current, target) == expected
-
-
-@given(st.lists(st.floats(0, 1000), min_size=1, max_size=20), st.floats(1, 500))
-def test_pods_and_external_agree_where_every_pod_reports(
-    values: list[float], target: float
-) -> None:
-    pods = pods_proposal(values, 0, target)
-    assert abs(pods - external_proposal(sum(values), len(values), target)) <= 1
+    assert proposal(values, missing, target) == expected
 
 
 def test_the_highest_proposal_counts_within_the_bounds() -> None:
@@ -124,17 +99,6 @@ def test_scale_down_policies_as_documented() -> None:
     assert by_pods
     assert set(by_pods) == {4}
     assert path[-1] == 10
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=40))
-def test_each_decision_lies_between_here_and_there(wanted: list[int]) -> None:
-    scaler, current = Autoscaler(Settings.load("gateway")), 2
-    for number, proposal in enumerate(wanted):
-        result = scaler.decide(15.0 * number, current, [proposal])
-        assert 2 <= result <= 50
-        recent = wanted[max(0, number - 20) : number + 1]
-        assert min(current, *recent, 2) <= result <= max(current, proposal, 2)
-        current = result
 
 
 @pytest.mark.parametrize("service", ["gateway", "tokenizer", "engine"])
