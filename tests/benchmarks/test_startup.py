@@ -60,15 +60,6 @@ def test_what_is_written_is_a_checkpoint(
     assert model.config.tie_word_embeddings == tied
 
 
-def test_a_tensor_larger_than_a_shard_has_one_alone(startup: ModuleType) -> None:
-    assert startup.shards({"a": 3, "b": 9, "c": 1, "d": 4, "e": 1}, 5) == [
-        ["a"],
-        ["b"],
-        ["c", "d"],
-        ["e"],
-    ]
-
-
 def test_two_starts_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     options = ["--shape", "tiny", "--device", "cpu", "--directory", str(tmp_path)]

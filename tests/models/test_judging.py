@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from guide_recipe.dialogues import asked
 from guide_recipe.facts import Fact, HeldOutQuestion, fold, load_facts, load_held_out
-from guide_recipe.judging import Judge, report
+from guide_recipe.judging import Judge
 
 FACTS = [
     Fact("a", "what", ("x",), (), "Alpha beta.", ("alpha", "beta"), "f"),
@@ -38,23 +37,6 @@ def test_a_foreign_term_fails() -> None:
     assert verdict.missing == ()
     assert verdict.foreign == ("gamma",)
     assert not verdict.passed
-
-
-def test_report_counts_and_lists_failures() -> None:
-    judge = Judge(FACTS)
-    found = report([judge.judge(ASKED, "alpha beta"), judge.judge(ASKED, "gamma")])
-    assert (found["questions"], found["passed"], found["percent"]) == (2, 1, 50.0)
-    assert isinstance(found["failures"], list)
-    assert [failure["answer"] for failure in found["failures"]] == ["gamma"]
-
-
-def test_a_follow_up_is_asked_after_its_turn() -> None:
-    facts = {"a": Fact("a", "what", ("x",), ("What is x?", "x?"), "Alpha.", ("alpha",), "f")}
-    turns = asked(HeldOutQuestion("b", "And why?", after="a"), facts)
-    assert [(turn.role, turn.text) for turn in turns] == [
-        ("user", "What is x?"), ("assistant", "Alpha."), ("user", "And why?"),
-    ]  # fmt: skip
-    assert [turn.text for turn in asked(ASKED, facts)] == ["What is x?"]
 
 
 def test_everyday_questions_are_in_no_other_file(guide: Path) -> None:

@@ -1,13 +1,11 @@
 """The shipped tokenizer: exact round trips, what tiktoken can represent, and the chat template."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import tiktoken
-from guide_recipe.corpus import encode_document, library_sources
-from guide_recipe.dialogues import Segment
+from guide_recipe.corpus import library_sources
 from guide_recipe.facts import load_facts
 from guide_recipe.tokenizer import SPECIAL_TOKENS, VOCABULARY_SIZE, merges_rise, special_id
 from jinja2.exceptions import TemplateError
@@ -75,11 +73,6 @@ def test_vocabulary(tokenizer: Tokenizer) -> None:
     ]
 
 
-def test_a_missing_special_token_is_an_error(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="no <\\|nothing\\|>"):
-        special_id(tokenizer, "<|nothing|>")
-
-
 def test_chat_template_renders_turns(guide: Path) -> None:
     rendered = AutoTokenizer.from_pretrained(guide).apply_chat_template(
         [
@@ -101,15 +94,3 @@ def test_chat_template_refuses_other_roles(guide: Path) -> None:
     messages = [{"role": "tool", "content": "42"}]
     with pytest.raises(TemplateError, match="roles are"):
         AutoTokenizer.from_pretrained(guide).apply_chat_template(messages, tokenize=False)
-
-
-def test_training_documents_match_the_chat_template(tokenizer: Tokenizer, guide: Path) -> None:
-    turns = [("user", "What is a token?"), ("assistant", "A piece."), ("user", "Why?")]
-    document = [Segment(role, text, role == "assistant") for role, text in turns]
-    example = encode_document(document, tokenizer, random.Random(0))
-    rendered = AutoTokenizer.from_pretrained(guide).apply_chat_template(
-        [{"role": role, "content": text} for role, text in turns], tokenize=False
-    )
-    assert tokenizer.encode(str(rendered), add_special_tokens=False).ids == example.ids.tolist()
-    learned = tokenizer.decode(example.ids[example.learned].tolist(), skip_special_tokens=False)
-    assert learned == "A piece.<|end|>"
