@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py --shape 0.6b --device timed --streams 1 64 256
 
-A step takes what one of Qwen3-0.6B takes on an H200 (`docs/performance.md`), and its launch what it
-takes the host there, with the interpreter held. All else is the service as it is. Tokens are made
-up: every one has the same id.
+A step takes the time of one of Qwen3-0.6B on an H200, and its launch the host's time there, with
+the interpreter held (`benchmarks/results/engine-2026-11.md`). All else is the service as it is.
+Tokens are made up: every one has the same id.
 """
 
 from __future__ import annotations
