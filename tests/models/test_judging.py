@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from guide_recipe.facts import Fact, HeldOutQuestion, fold, load_facts, load_held_out
+from guide_recipe.facts import Fact, HeldOutQuestion, fold, lint, load_facts, load_held_out
 from guide_recipe.judging import Judge
 
 FACTS = [
@@ -17,6 +17,12 @@ def test_gold_answers_pass(guide: Path) -> None:
     judge = Judge(facts)
     verdicts = [judge.judge(HeldOutQuestion(f.id, f.questions[0]), f.answer) for f in facts]
     assert [verdict for verdict in verdicts if not verdict.passed] == []
+
+
+def test_no_key_term_occurs_in_two_answers(guide: Path) -> None:
+    facts = load_facts(guide / "facts")
+    assert len(facts) >= 300
+    assert lint(facts) == []
 
 
 def test_another_facts_answer_never_passes(guide: Path) -> None:
