@@ -83,25 +83,24 @@ class Request:
 
 
 class Engine:
-    """Continuous batching with chunked prefill: decodes, then begun prompts, then the queue."""
+    """Continuous batching with chunked prefill: decodes first, then the prompts of the queue."""
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self.waiting: deque[Request] = deque()
-        self._prefill: dict[Request, int] = {}
         self._decoding: list[tuple[int, int, Request]] = []  # by the step that ends them
-        self._steps = self._admitted = 0
+        self._steps = self._admitted = self._kv_held = 0
+        self._computed = 0  # tokens of the first prompt in the queue
         self._now = 0.0
-        self._kv_held = 0
 
     @property
     def running(self) -> int:
-        """Requests in the batch."""
-        return len(self._prefill) + len(self._decoding)
+        """Requests that decode."""
+        return len(self._decoding)
 
     @property
     def in_flight(self) -> int:
-        """Requests in the batch and in the queue."""
+        """Requests that decode or wait, prompts that are being computed among them."""
         return self.running + len(self.waiting)
 
     @property
@@ -128,41 +127,31 @@ class Engine:
 
     def _step(self, until: float) -> None:
         """One step with prompt tokens in it, or as many equal decode steps as there is time for."""
-        profile, rows, chunks = self._profile, len(self._decoding), []
-        budget = profile.max_batch_tokens - rows
-        while self.waiting and self.running < profile.max_batch:
-            if sum(self._prefill.values()) >= budget:
+        profile, rows, started, prompt_tokens = self._profile, self.running, list[Request](), 0
+        while self.waiting and rows + len(started) < profile.max_batch:
+            left = self.waiting[0].prompt_tokens - self._computed
+            tokens = min(left, profile.max_batch_tokens - rows - prompt_tokens)
+            prompt_tokens += tokens
+            if tokens < left:
+                self._computed += tokens
                 break
-            request = self.waiting.popleft()
-            self._prefill[request] = request.prompt_tokens
-        for request, left in self._prefill.items():
-            if (tokens := min(left, budget)) > 0:
-                chunks.append((request, tokens))
-                budget -= tokens
-        held = self._kv_held - sum(r.prompt_tokens - left for r, left in self._prefill.items())
-        seconds = profile.step_seconds(rows, held) if rows else 0.0
-        seconds += sum(tokens for _, tokens in chunks) / profile.prefill_rate
+            started.append(self.waiting.popleft())
+            self._computed = 0
+        seconds = profile.step_seconds(rows, self._kv_held) + prompt_tokens / profile.prefill_rate
         seconds = max(seconds, profile.step_seconds(1, 0))
         steps = 1
-        if not chunks:
+        if not prompt_tokens:
             steps = 1 + int((until - self._now) / seconds)
             steps = min(steps, self._decoding[0][0] - self._steps, MAX_STEPS_AT_ONCE)
         self._now += steps * seconds
         self._steps += steps
         self._kv_held += rows * steps
-        self._finish(chunks)
-
-    def _finish(self, chunks: list[tuple[Request, int]]) -> None:
-        """Note first tokens and ends."""
-        for request, tokens in chunks:
-            self._kv_held += tokens
-            self._prefill[request] -= tokens
-            if not self._prefill[request]:
-                del self._prefill[request]
-                request.first_token = self._now
-                self._admitted += 1
-                last = self._steps + request.completion_tokens - 1
-                heapq.heappush(self._decoding, (last, self._admitted, request))
+        for request in started:
+            request.first_token = self._now
+            self._admitted += 1
+            self._kv_held += request.prompt_tokens
+            last = self._steps + request.completion_tokens - 1
+            heapq.heappush(self._decoding, (last, self._admitted, request))
         while self._decoding and self._decoding[0][0] <= self._steps:
             request = heapq.heappop(self._decoding)[2]
             self._kv_held -= request.prompt_tokens + request.completion_tokens - 1
