@@ -67,7 +67,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process of clients saw and what it cost, on a clock that all have in common."""
+    """Samples and cost of one process of clients, on a clock that all have in common."""
 
     samples: list[Sample]
     began: float
@@ -150,7 +150,7 @@ def stopping(max_tokens: int) -> generation_pb2.StoppingParams:
 def sender(
     target: Target, channels: Sequence[grpc.aio.Channel]
 ) -> Callable[[int], Awaitable[Sample]]:
-    """What sends the request of a number and reads its stream."""
+    """A function that sends the request of a number and reads its stream."""
     calls: list[Any] = [
         gateway_pb2_grpc.GatewayServiceStub(channel).GenerateStream
         if target.path == "gateway"

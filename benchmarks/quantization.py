@@ -67,7 +67,7 @@ def logits(config: EngineConfig, texts: Sequence[tuple[list[int], int]]) -> Tens
 
 
 def compare(actual: Tensor, expected: Tensor, answers: Tensor) -> dict[str, float]:
-    """How far `actual` logits are from the `expected`; `answers` marks the answers' positions."""
+    """Errors of `actual` logits against `expected`; `answers` marks the answers' positions."""
     same = (actual.argmax(-1) == expected.argmax(-1)).double()
     ours, theirs = actual.log_softmax(-1), expected.log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)

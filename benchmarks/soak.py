@@ -58,7 +58,7 @@ class Case:
 
 @dataclass
 class Tally:
-    """What happened."""
+    """Counts of what happened."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
@@ -126,7 +126,7 @@ def make_prompts(chance: random.Random, count: int, vocab_size: int) -> list[tup
 
 
 async def alone(server: Server, prompt: tuple[int, ...], max_tokens: int) -> Case:
-    """What a request gives with the machine to itself."""
+    """Results of a request that has the machine to itself."""
     tokens: list[int] = []
     gaps: list[float] = []
     async for message in server.stub.Generate(ask(prompt, max_tokens, 1, 2)):

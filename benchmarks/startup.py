@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """`config` as `models.model_config` reads it."""
+    """A config.json that is read as `config`."""
     renamed = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
     renamed |= {"num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
     renamed |= {"activation": "hidden_act"}
@@ -121,7 +121,7 @@ def start(directory: Path, device: str, kernels: Path) -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, str]:
-    """What the figures are of."""
+    """Facts that name the measured machine and model."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device

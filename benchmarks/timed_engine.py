@@ -44,7 +44,7 @@ class TimedStep:
         return self._results
 
     def timing(self) -> StepTiming:
-        """What the device would have measured."""
+        """Times that a device would have measured."""
         return StepTiming("graph", self._busy, self._idle, self._waited)
 
 
