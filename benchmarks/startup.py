@@ -121,7 +121,7 @@ def start(directory: Path, device: str, kernels: Path) -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Facts that name the measured machine and model."""
+    """The measured device and the version of torch."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device

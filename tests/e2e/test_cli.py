@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.e2e.conftest import GUIDE
+from tests.e2e.conftest import GUIDE, ROOT
 from tests.e2e.stack import Stack
 
 NANOINFER = Path(sys.executable).parent / "nanoinfer"
@@ -55,6 +55,25 @@ def test_chat_and_complete_against_a_running_gateway(stack: Stack) -> None:
     assert json.loads(completion.stdout)
     models = run("models", *target, "--json")
     assert "guide" in models.stdout
+
+
+def test_the_readmes_python_gives_the_readmes_output(stack: Stack) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    for code in (first, second):
+        assert "127.0.0.1:50051" in code
+        program = code.replace("127.0.0.1:50051", stack.gateway.address)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+        if code is first:
+            assert f"```\n{done.stdout}```" in readme
 
 
 def test_a_refused_request_has_its_own_exit_code(stack: Stack) -> None:
