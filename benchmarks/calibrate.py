@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from statistics import mean
 
 import grpc
 from launch import Running, stack
@@ -26,36 +27,40 @@ CALIBRATION = Path(__file__).parent / "scale" / "calibration.json"
 CONCURRENCY = 8
 
 
-async def spent(service: Running, call: Callable[[], Awaitable[int]], times: int) -> float:
-    """CPU µs of a service for one call, after some calls to warm up."""
-    left = iter(range(50))
+async def spent(
+    service: Running, call: Callable[[], Awaitable[int]], times: int
+) -> tuple[float, float]:
+    """CPU µs of a service for one call, and the mean result, after some calls to warm up."""
 
-    async def worker() -> None:
-        for _ in left:
-            await call()
+    async def repeat(times: int) -> list[int]:
+        left, results = iter(range(times)), list[int]()
 
-    await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
-    before, left = service.processor_seconds(), iter(range(times))
-    await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
-    return (service.processor_seconds() - before) / times * 1e6
+        async def worker() -> None:
+            for _ in left:
+                results.append(await call())
+
+        await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
+        return results
+
+    await repeat(50)
+    before = service.processor_seconds()
+    results = await repeat(times)
+    return (service.processor_seconds() - before) / times * 1e6, mean(results)
 
 
 async def gateway_costs(gateway: Running) -> tuple[float, float]:
     """CPU µs of a request with one token, and of each further message."""
     async with grpc.aio.insecure_channel(gateway.address, DIRECT) as channel:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
-        counts: list[int] = []
 
         async def generate(max_tokens: int) -> int:
             options = gateway_pb2.GenerationOptions(sampling=GREEDY, stopping=stopping(max_tokens))
             request = gateway_pb2.GatewayServiceGenerateStreamRequest(text=PROMPT, options=options)
-            counts.append(len([m async for m in stub.GenerateStream(request, timeout=300)]))
-            return counts[-1]
+            return len([m async for m in stub.GenerateStream(request, timeout=300)])
 
-        short = await spent(gateway, lambda: generate(1), 400)
-        counts_short, counts[:] = sum(counts) / len(counts), []
-        long = await spent(gateway, lambda: generate(64), 100)
-        return short, (long - short) / (sum(counts) / len(counts) - counts_short)
+        short, few = await spent(gateway, lambda: generate(1), 400)
+        long, many = await spent(gateway, lambda: generate(64), 100)
+    return short, (long - short) / (many - few)
 
 
 async def tokenizer_costs(tokenizer: Running) -> tuple[float, float]:
@@ -67,8 +72,8 @@ async def tokenizer_costs(tokenizer: Running) -> tuple[float, float]:
             request = tokenizer_pb2.TokenizerServiceEncodeRequest(text=PROMPT * copies)
             return len((await stub.Encode(request, timeout=30)).tokens.ids)
 
-        short = await spent(tokenizer, lambda: call(1), 800)
-        long = await spent(tokenizer, lambda: call(48), 400)
+        short, _ = await spent(tokenizer, lambda: call(1), 800)
+        long, _ = await spent(tokenizer, lambda: call(48), 400)
     size = len(PROMPT.encode())
     each = (long - short) / (47 * size)
     return short - each * size, each
