@@ -24,7 +24,9 @@ class Linear(nn.Module):
         """ValueError for sizes that the format cannot hold."""
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
         self.make_weight()
 
     @property

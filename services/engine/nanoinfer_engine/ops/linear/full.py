@@ -16,9 +16,8 @@ class FullLinear(Linear):
 
     def make_weight(self) -> None:
         """One matrix."""
-        self.weight = nn.Parameter(
-            torch.empty((self.out_features, self.in_features), dtype=self.dtype)
-        )
+        weight = torch.empty((self.out_features, self.in_features), dtype=self.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def allocate(self, device: torch.device) -> None:
         """On the CPU the matrix lies in memory as [in, out] (same shape, other strides).
