@@ -267,5 +267,5 @@ def test_a_gated_mlp_in_8_bits(rows: int, dtype: torch.dtype, device: torch.devi
     parts = 0 if stream.delta is None else stream.delta.float().sum(0)
     assert (
         relative_error((stream.residual.float() + parts) - residual, expected.float() - residual)
-        < 5e-2
+        < 0.1  # few rows multiply activations of 16 bits, the reference those of 8
     )
