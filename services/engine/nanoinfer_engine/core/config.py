@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, Literal
+
+WeightFormat = Literal["none", "fp8"]
+"""Names of the formats in which the layers' weights may be kept; `ops.linear` has one for each."""
+
+WEIGHT_FORMATS: Final[Mapping[WeightFormat, str]] = {
+    "none": "in `dtype`",
+    "fp8": "8-bit weights and activations, from Ada on, slow on CPUs",
+}
+"""What each means, as settings say it."""
 
 
 class CheckpointError(Exception):
@@ -23,11 +34,10 @@ class EngineConfig:
     `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
     start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
     `max_model_len` None means what the model allows. `dtype` "auto" is the checkpoint's own on a
-    CUDA device and float32 elsewhere, see `number_formats`. `quantization` "fp8" keeps the layers'
-    linears in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in
-    `dtype`. With `tensor_parallel` above 1 so many devices share the model, and memory is what each
-    of them has. With `mixed_graphs` small steps with prompts are captured on one CUDA device, not
-    decodes alone.
+    CUDA device and float32 elsewhere, see `number_formats`. `quantization` is the format of the
+    layers' weights; `kv_cache_dtype` "fp8" keeps the cache in 8 bits, "auto" in `dtype`. With
+    `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
+    With `mixed_graphs` small steps with prompts are captured on one CUDA device, not decodes alone.
     `max_messages_per_second` bounds what all streams send, besides first and last outputs.
     """
 
@@ -47,7 +57,7 @@ class EngineConfig:
     max_waiting_bytes: int = 64 * 1024 * 1024
     max_queue_seconds: float | None = None
     prefix_caching: bool = True
-    quantization: str = "none"
+    quantization: WeightFormat = "none"
     kv_cache_dtype: str = "auto"
     tensor_parallel: int = 1
     mixed_graphs: bool = True
