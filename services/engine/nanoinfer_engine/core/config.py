@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-WeightFormat = Literal["none", "fp8"]
+WeightFormat = Literal["none", "fp8", "int8"]
 """Names of the formats in which the layers' weights may be kept; `ops.linear` has one for each."""
 
 WEIGHT_FORMATS: Final[Mapping[WeightFormat, str]] = {
     "none": "in `dtype`",
     "fp8": "8-bit weights and activations, from Ada on, slow on CPUs",
+    "int8": "8-bit weights alone, on any device",
 }
 """What each means, as settings say it."""
 
