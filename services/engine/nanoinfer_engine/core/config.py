@@ -118,8 +118,12 @@ class ModelConfig:
     `topology` is "decoder" (Llama family: RMSNorm, RoPE, gated MLP) or "gpt2" (LayerNorm, learned
     positions, plain MLP). `sliding_windows` has one entry per layer: the number of last positions
     a token sees, itself included, or None for all. `activation` is "silu" ("decoder" alone), "gelu"
-    (exact) or "gelu_tanh" (its approximation). `rope` is unused by "gpt2". `unread_fields` are
-    fields of the description that have no effect. Raises CheckpointError where fields contradict.
+    (exact) or "gelu_tanh" (its approximation). `rope` is unused by "gpt2"; layers with a window
+    have `local_rope`, where there is one. `norm_offset` is added to stored weights of norms. With
+    `post_norms` what attention and MLP give is normalised before it joins the stream.
+    `attention_scale` None is 1/sqrt(head_dim). A soft cap c makes c · tanh(x / c) of each x.
+    `unread_fields` are fields of the description that have no effect. Raises CheckpointError where
+    fields contradict.
     """
 
     model_type: str
@@ -142,6 +146,13 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     rope: RopeConfig
+    local_rope: RopeConfig | None = None
+    embedding_scale: float = 1.0
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     unread_fields: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
