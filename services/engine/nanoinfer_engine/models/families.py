@@ -32,8 +32,12 @@ class Family:
     are fields that allow the given values alone; absent is fine. `aliases` are other names of a
     field, which override it. `qkv_bias`, `output_bias` and `mlp_bias` are what is always so, or the
     field that says it. `windows` says which layers see the last `sliding_window` positions alone:
-    "none", "all", or "layers": those that `layer_types` or `max_window_layers` name, where
-    `use_sliding_window` is true. `rope_kinds` are the position embeddings that the family knows.
+    "none", "all", "layers": those that `layer_types` or `max_window_layers` name, where
+    `use_sliding_window` is true, or "pattern": those that `layer_types` names, else all but every
+    n-th, n being `window_pattern` or the field that says it. `rope_kinds` are the position
+    embeddings that the family knows; with `local_rope` layers with a window have one of their own.
+    `activation` is the field that names the MLP's. `norm_offset`, `post_norms` and `qk_norm` are as
+    in `ModelConfig`. With `scales_embedding` embeddings are multiplied by the root of their width.
     """
 
     topology: str
@@ -46,7 +50,13 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     windows: str = "none"
+    window_pattern: int | str = 1
     rope_kinds: tuple[str, ...] = ()
+    local_rope: bool = False
+    activation: str = "hidden_act"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scales_embedding: bool = False
 
 
 # every mask of transformers looks at is_causal, whatever the family's class reads
