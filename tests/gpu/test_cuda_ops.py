@@ -27,6 +27,7 @@ from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
 
 pytestmark = pytest.mark.gpu
 
+KINDS = ["llama3", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "nanogpt"]
 GREEDY = SamplingOptions(0.0, 0, 1.0, 0.0, 0)
 BLOCK_SIZE = 16
 
@@ -135,7 +136,7 @@ def test_the_last_layer_of_kept_tokens_alone(
     assert close(*following, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama3", "qwen2", "qwen3", "phi3", "gpt2", "nanogpt"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_operations_of_both_devices_agree(
     kind: str, device: torch.device, tmp_path: Path
 ) -> None:
