@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from nanoinfer_engine.core.batch import EndedStep, Runner, StepTiming
 from nanoinfer_engine.core.capacity import Capacity
-from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.config import WEIGHT_FORMATS, EngineConfig
 from nanoinfer_engine.core.pipeline import Pipeline
 from nanoinfer_engine.core.request import Request, RequestTimes, SamplingOptions, StoppingOptions
 from nanoinfer_engine.core.scheduler import Scheduler
@@ -296,7 +296,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scenarios", nargs="+", default=list(LIMITS["8b"]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--quantization", choices=("none", "fp8"), default="none")
+    parser.add_argument("--quantization", choices=WEIGHT_FORMATS, default="none")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--weights", choices=("normal", "dummy"), default="normal")
     parser.add_argument("--cold", action="store_true", help="no run before those that count")

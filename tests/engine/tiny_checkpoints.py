@@ -23,6 +23,13 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_GEMMA: dict[str, Any] = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 11,
+    "num_hidden_layers": 4,
+}
+
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -41,7 +48,8 @@ def _make(name: str, **overrides: Any) -> Callable[[], PreTrainedModel]:
     """A transformers model class's name and its configuration, built on demand."""
 
     def build() -> PreTrainedModel:
-        config_class = getattr(transformers, f"{name}Config")
+        config_name = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+        config_class = getattr(transformers, config_name)
         model_class = getattr(
             transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
         )
@@ -71,6 +79,17 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama_gelu": _make("Llama", hidden_act="gelu", mlp_bias=True),
     "qwen3_gelu_tanh": _make("Qwen3", hidden_act="gelu_pytorch_tanh", head_dim=32),
     "phi3": _make("Phi3", sliding_window=40),
+    # caps at which random scores and logits bend
+    "gemma2": _make("Gemma2", **_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": _make(
+        "Gemma3",
+        **_GEMMA,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
     "gpt2": _make(
         "GPT2",
         vocab_size=VOCAB_SIZE,
@@ -94,6 +113,8 @@ def make_model(kind: str) -> PreTrainedModel:
                 parameter.normal_(0, 1.0 / math.sqrt(parameter.shape[-1]))
             else:
                 parameter.uniform_(-0.2, 0.2)
+                if "gemma" in kind:  # whose norms add the 1 themselves
+                    continue
                 if "norm.weight" in name or ("ln_" in name and name.endswith("weight")):
                     parameter.add_(1)
     return model

@@ -43,7 +43,13 @@ def config(heads: int, kv_heads: int, window: int | None) -> ModelConfig:
 
 
 def dense(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """One row, float64, token by token: query [n, heads, d] at positions start …"""
     out = torch.empty_like(query, dtype=torch.float64)
@@ -53,14 +59,19 @@ def dense(
         first = max(stop - window, 0) if window else 0
         for head in range(query.shape[1]):
             k = keys[first:stop, head // group].double()
-            scores = k @ query[i, head].double() / query.shape[2] ** 0.5
+            scores = k @ query[i, head].double() * scale
+            if softcap is not None:
+                scores = (scores / softcap).tanh() * softcap
             out[i, head] = scores.softmax(0) @ values[first:stop, head // group].double()
     return out
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
-def test_steps_of_mixed_rows(heads: int, kv_heads: int, window: int | None) -> None:
+@pytest.mark.parametrize(("scale", "softcap"), [(None, None), (0.4, 1.5)])
+def test_steps_of_mixed_rows(
+    heads: int, kv_heads: int, window: int | None, scale: float | None, softcap: float | None
+) -> None:
     model = config(heads, kv_heads, window)
     cache = KVCache(model, 128, 4, torch.float32, CPU)
     backend = ReferenceAttention(cache, model.sliding_windows)
@@ -91,7 +102,8 @@ def test_steps_of_mixed_rows(heads: int, kv_heads: int, window: int | None) -> N
         plan = backend.plan(inputs.attention)
         q, k, v = (torch.cat([stored[i][j, done[i] : stops[i]] for i in live]) for j in range(3))
         for layer in (0, 1):
-            output = backend.forward(layer, q, k[:, :kv_heads], v[:, :kv_heads], plan)
+            kv = k[:, :kv_heads], v[:, :kv_heads]
+            output = backend.forward(layer, q, *kv, plan, scale, softcap)
             for i, actual in zip(live, output.split([r.num_tokens for r in rows]), strict=True):
                 query, keys, values = stored[i]
                 expected = dense(
@@ -100,6 +112,8 @@ def test_steps_of_mixed_rows(heads: int, kv_heads: int, window: int | None) -> N
                     values[:, :kv_heads],
                     done[i],
                     model.sliding_windows[layer],
+                    scale or 0.25,
+                    softcap,
                 )
                 assert (actual - expected).abs().max().item() < 1e-5
         for i in live:

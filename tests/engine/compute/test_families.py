@@ -17,6 +17,7 @@ import pytest
 import torch
 from nanoinfer_engine.core.batch import BatchRow
 from nanoinfer_engine.core.config import CheckpointError, ModelConfig, RopeConfig
+from nanoinfer_engine.models import build_model
 from nanoinfer_engine.models.families import FAMILIES
 from nanoinfer_engine.models.model_config import read_huggingface_config
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -26,7 +27,18 @@ from tests.engine.tiny_checkpoints import LLAMA3_ROPE, VOCAB_SIZE, make_model
 
 Values = dict[str, Any]
 TOKENS = tuple(random.Random(5).choices(range(VOCAB_SIZE), k=110))
-KINDS = ("llama2", "llama3", "mistral", "qwen2", "qwen2_window", "qwen3", "phi3", "gpt2")
+KINDS = (
+    "llama2",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen2_window",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+)
 QUICK = 40  # changes of each kind in the quick set; the slow one has all
 ABSENT = object()
 
@@ -50,6 +62,11 @@ SECTIONS: tuple[Any, ...] = (
     {"rope_type": "dynamic", "factor": 2.0},
     {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
     {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}},
+    {"full_attention": {**_LINEAR, "rope_theta": 500.0}},
+    {"full_attention": _LINEAR, "sliding_attention": {**_LINEAR, "rope_theta": 90.0}},
+    {"full_attention": None, "sliding_attention": {"type": "linear", "factor": 3.0}},
+    {"sliding_attention": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    {"full_attention": {"rope_type": "yarn", "factor": 4.0}},
     "fast",
 )
 LAYERS = (
@@ -57,6 +74,7 @@ LAYERS = (
     ["sliding_attention", "full_attention", "sliding_attention"],
     ["linear_attention"] * 3,
     ["full_attention"],
+    ["full_attention", "sliding_attention"] * 2,
 )
 # values for fields of every family, those that mean nothing to most of them included
 OTHERS: dict[str, tuple[Any, ...]] = {
@@ -99,7 +117,12 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (5.0,),
     "attention_multiplier": (0.3,),
     "embedding_multiplier": (2.0,),
-    "query_pre_attn_scalar": (4,),
+    "attn_logit_softcapping": (1.0, 0, "much"),
+    "hidden_activation": ("gelu", "silu", "relu"),
+    "query_pre_attn_scalar": (4, 256, 0),
+    "rope_local_base_freq": (90.0, 1e5),
+    "sliding_window_pattern": (1, 2, 3, 0),
+    "use_bidirectional_attention": (True, False),
     "attention_dropout": (0.5,),
     "pretraining_tp": (2,),
     "chunk_size_feed_forward": (8,),
@@ -127,9 +150,14 @@ def kept(values: Values) -> Values:
 def older(values: Values) -> Values:
     """The spelling of transformers 4: rope_theta and rope_scaling beside one another."""
     section = dict(values.get("rope_parameters") or {})
+    local = {}
+    if "full_attention" in section:
+        local = {"rope_local_base_freq": section["sliding_attention"]["rope_theta"]}
+        section = dict(section["full_attention"])
     theta = section.pop("rope_theta", ABSENT)
     scaling = section if section.get("rope_type", "default") != "default" else None
-    return kept({**values, "rope_parameters": ABSENT, "rope_theta": theta, "rope_scaling": scaling})
+    rope = {"rope_parameters": ABSENT, "rope_theta": theta, "rope_scaling": scaling}
+    return kept({**values, **rope, **local})
 
 
 def changes(values: Values) -> Iterator[Values]:
@@ -273,6 +301,38 @@ KNOWN: tuple[tuple[str, Values, Values], ...] = (
         {"rope_parameters": _SHORT_LLAMA3, "rope_theta": 500.0},
         {"rope": RopeConfig(500.0, "llama3", 4.0, 1.0, 4.0, 256)},
     ),
+    ("gemma2", {"layer_types": ABSENT}, {"sliding_windows": (11, None) * 2}),
+    (
+        "gemma2",
+        {"layer_types": ABSENT, "sliding_window_pattern": 3},
+        {"sliding_windows": (11, None) * 2},
+    ),
+    ("gemma2", {"hidden_act": "relu"}, {"activation": "gelu_tanh"}),
+    ("gemma2", {"attn_logit_softcapping": ABSENT}, {"attention_softcap": 50.0}),
+    ("gemma2", {"attn_logit_softcapping": None}, {"attention_softcap": None}),
+    ("gemma3", {"layer_types": ABSENT}, {"sliding_windows": (11,) * 4}),
+    (
+        "gemma3",
+        {"layer_types": ABSENT, "sliding_window_pattern": 3},
+        {"sliding_windows": (11, 11, None, 11)},
+    ),
+    ("gemma3", {"attn_logit_softcapping": 1.0}, {"attention_softcap": None}),
+    ("gemma3", {"final_logit_softcapping": 2.0}, {"logit_softcap": 2.0}),
+    (
+        "gemma3",
+        {"rope_parameters": ABSENT},
+        {"rope": RopeConfig(1e6), "local_rope": RopeConfig(1e4)},
+    ),
+    (
+        "gemma3",
+        {
+            "rope_parameters": ABSENT,
+            "rope_theta": 3000.0,
+            "rope_local_base_freq": 90.0,
+            "rope_scaling": _LINEAR,
+        },
+        {"rope": RopeConfig(3000.0, "linear", 2.0), "local_rope": RopeConfig(90.0)},
+    ),
     ("gpt2", {"n_embd": ABSENT, "hidden_size": 64}, {"hidden_size": 64}),
     ("gpt2", {"sliding_window": 5}, {"sliding_windows": (None,) * 3}),
 )
@@ -306,6 +366,13 @@ def test_what_a_family_reads_and_its_own_defaults(
         ("llama2", {"per_layer_config": {"0": {}}}, "per_layer_config"),
         ("llama2", {"rms_norm_eps": None}, "rms_norm_eps is None"),
         ("gpt2", {"hidden_size": 32}, "n_embd says another"),
+        ("gemma2", {"rope_parameters": {"full_attention": {}}}, "per kind of layer"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is None"),
+        ("gemma3", {"layer_types": ABSENT, "sliding_window": None}, "sliding_window is None"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "object of full_attention"),
+        ("gemma3", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ("gemma3", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(
@@ -313,7 +380,26 @@ def test_what_is_not_understood_is_refused_by_name(
 ) -> None:
     made = originals[kind]
     with pytest.raises(CheckpointError, match=re.escape(said)):
-        Ours(made)({**made.values, **change})
+        Ours(made)(kept({**made.values, **change}))
+
+
+def test_norms_with_an_offset_and_embeddings_are_rounded_as_transformers_rounds_them(
+    originals: dict[str, Original],
+) -> None:
+    """1 + weight in float32 whatever is computed with; the embeddings' scale in its format."""
+    made = originals["gemma3"]
+    values = {**made.values, "hidden_size": 3072}
+    (made.directory / "config.json").write_text(json.dumps(values))
+    config = read_huggingface_config(made.directory)
+    model = build_model(config, 16, torch.bfloat16, torch.device("cpu"))
+    assert model.embedding_scale == 55.5  # of 55.4256
+    norms = {name: each for name, each in model.named_parameters() if "norm" in name}
+    assert len(norms) == 6 * config.num_layers + 1
+    assert {each.dtype for each in norms.values()} == {torch.float32}
+    (made.directory / "config.json").write_text(json.dumps(made.values))
+    stored = made.state["model.layers.1.pre_feedforward_layernorm.weight"]
+    loaded = AllLogits(made.directory).model.get_parameter("layers.1.mlp_norm.weight")
+    assert torch.equal(loaded, 1 + stored)
 
 
 def test_fields_without_effect_are_listed(originals: dict[str, Original]) -> None:

@@ -6,16 +6,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from nanoinfer_engine.core.batch import BatchRow
-from nanoinfer_engine.core.config import CheckpointError, EngineConfig
+from nanoinfer_engine.core.config import (
+    WEIGHT_FORMATS,
+    CheckpointError,
+    EngineConfig,
+    WeightFormat,
+)
 from nanoinfer_engine.core.progress import LoadProgress
 from nanoinfer_engine.models import Decoder, build_model, checkpoint_layout
 from nanoinfer_engine.ops.kv_cache import FP8, KVCache, bytes_per_block, num_blocks_for
-from nanoinfer_engine.ops.linear import Fp8Linear, FullLinear, linear_format
+from nanoinfer_engine.ops.linear import FORMATS, Fp8Linear, FullLinear, linear_format
 from nanoinfer_engine.ops.linear.fp8 import quantize_rows
+from nanoinfer_engine.server.settings import EngineSettings
 from nanoinfer_engine.step.runner import check_fp8
 from nanoinfer_engine.weights.checkpoints import open_checkpoint
 from nanoinfer_engine.weights.loading import load_weights
@@ -257,3 +264,11 @@ def test_what_is_reported_names_what_is_in_eight_bits() -> None:
         for kv in ("auto", "fp8")
     }
     assert formats == {"float16", "float16+fp8", "float16+kv_fp8", "float16+fp8+kv_fp8"}
+
+
+def test_every_format_has_a_name_a_meaning_and_a_setting() -> None:
+    assert get_args(WeightFormat) == tuple(WEIGHT_FORMATS) == tuple(FORMATS)
+    for name, meaning in WEIGHT_FORMATS.items():
+        chosen = EngineSettings(model=GUIDE, quantization=name)
+        assert chosen.engine_config().quantization == name
+        assert meaning in (EngineSettings.model_fields["quantization"].description or "")

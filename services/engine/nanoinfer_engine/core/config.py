@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, Literal
+
+WeightFormat = Literal["none", "fp8", "int8"]
+"""Names of the formats in which the layers' weights may be kept; `ops.linear` has one for each."""
+
+WEIGHT_FORMATS: Final[Mapping[WeightFormat, str]] = {
+    "none": "in `dtype`",
+    "fp8": "8-bit weights and activations, from Ada on, slow on CPUs",
+    "int8": "8-bit weights alone, on any device",
+}
+"""What each means, as settings say it."""
 
 
 class CheckpointError(Exception):
@@ -23,11 +35,10 @@ class EngineConfig:
     `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
     start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
     `max_model_len` None means what the model allows. `dtype` "auto" is the checkpoint's own on a
-    CUDA device and float32 elsewhere, see `number_formats`. `quantization` "fp8" keeps the layers'
-    linears in 8 bits and `kv_cache_dtype` "fp8" the cache, instead of "none" and "auto": in
-    `dtype`. With `tensor_parallel` above 1 so many devices share the model, and memory is what each
-    of them has. With `mixed_graphs` small steps with prompts are captured on one CUDA device, not
-    decodes alone.
+    CUDA device and float32 elsewhere, see `number_formats`. `quantization` is the format of the
+    layers' weights; `kv_cache_dtype` "fp8" keeps the cache in 8 bits, "auto" in `dtype`. With
+    `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
+    With `mixed_graphs` small steps with prompts are captured on one CUDA device, not decodes alone.
     `max_messages_per_second` bounds what all streams send, besides first and last outputs.
     """
 
@@ -47,7 +58,7 @@ class EngineConfig:
     max_waiting_bytes: int = 64 * 1024 * 1024
     max_queue_seconds: float | None = None
     prefix_caching: bool = True
-    quantization: str = "none"
+    quantization: WeightFormat = "none"
     kv_cache_dtype: str = "auto"
     tensor_parallel: int = 1
     mixed_graphs: bool = True
@@ -107,8 +118,12 @@ class ModelConfig:
     `topology` is "decoder" (Llama family: RMSNorm, RoPE, gated MLP) or "gpt2" (LayerNorm, learned
     positions, plain MLP). `sliding_windows` has one entry per layer: the number of last positions
     a token sees, itself included, or None for all. `activation` is "silu" ("decoder" alone), "gelu"
-    (exact) or "gelu_tanh" (its approximation). `rope` is unused by "gpt2". `unread_fields` are
-    fields of the description that have no effect. Raises CheckpointError where fields contradict.
+    (exact) or "gelu_tanh" (its approximation). `rope` is unused by "gpt2"; layers with a window
+    have `local_rope`, where there is one. `norm_offset` is added to stored weights of norms. With
+    `post_norms` what attention and MLP give is normalised before it joins the stream.
+    `attention_scale` None is 1/sqrt(head_dim). A soft cap c makes c · tanh(x / c) of each x.
+    `unread_fields` are fields of the description that have no effect. Raises CheckpointError where
+    fields contradict.
     """
 
     model_type: str
@@ -131,6 +146,13 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     rope: RopeConfig
+    local_rope: RopeConfig | None = None
+    embedding_scale: float = 1.0
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     unread_fields: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:

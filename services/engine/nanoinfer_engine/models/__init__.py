@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanoinfer_engine.core.config import ModelConfig
-from nanoinfer_engine.models.decoder import Decoder, rotary_table
+from nanoinfer_engine.models.decoder import Decoder, rotary_tables
 from nanoinfer_engine.models.names import checkpoint_layout
 from nanoinfer_engine.ops.linear import FullLinear, Linear
 
@@ -23,8 +23,6 @@ def build_model(
 
     `linear` is the format of the layers' weights; CheckpointError where it cannot hold one.
     """
-    rotary = None
-    if config.topology == "decoder":
-        rotary = rotary_table(config, max_positions, dtype, device)
+    rotary = rotary_tables(config, max_positions, dtype, device)
     with torch.device("meta"):
         return Decoder(config, dtype, linear, rotary)

@@ -32,8 +32,12 @@ class Family:
     are fields that allow the given values alone; absent is fine. `aliases` are other names of a
     field, which override it. `qkv_bias`, `output_bias` and `mlp_bias` are what is always so, or the
     field that says it. `windows` says which layers see the last `sliding_window` positions alone:
-    "none", "all", or "layers": those that `layer_types` or `max_window_layers` name, where
-    `use_sliding_window` is true. `rope_kinds` are the position embeddings that the family knows.
+    "none", "all", "layers": those that `layer_types` or `max_window_layers` name, where
+    `use_sliding_window` is true, or "pattern": those that `layer_types` names, else all but every
+    n-th, n being `window_pattern` or the field that says it. `rope_kinds` are the position
+    embeddings that the family knows; with `local_rope` layers with a window have one of their own.
+    `activation` is the field that names the MLP's. `norm_offset`, `post_norms` and `qk_norm` are as
+    in `ModelConfig`. With `scales_embedding` embeddings are multiplied by the root of their width.
     """
 
     topology: str
@@ -46,7 +50,13 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     windows: str = "none"
+    window_pattern: int | str = 1
     rope_kinds: tuple[str, ...] = ()
+    local_rope: bool = False
+    activation: str = "hidden_act"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scales_embedding: bool = False
 
 
 # every mask of transformers looks at is_causal, whatever the family's class reads
@@ -87,6 +97,19 @@ _QWEN: Final = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+
+_GEMMA: Final = {
+    **{name: value for name, value in _DECODER.items() if name != "hidden_act"},
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+_GEMMA_FIXED: Final = {**_ROTARY_FIXED, "use_bidirectional_attention": (None, False)}
 
 FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     {
@@ -178,6 +201,51 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
             windows="all",
             rope_kinds=("default",),
         ),
+        "gemma2": Family(
+            topology="decoder",
+            fields={
+                **_GEMMA,
+                "max_position_embeddings": 8192,
+                "final_logit_softcapping": 30.0,
+                "attn_logit_softcapping": 50.0,
+            },
+            activations=_GATES,
+            fixed=_GEMMA_FIXED,
+            qkv_bias="attention_bias",
+            output_bias="attention_bias",
+            windows="pattern",
+            window_pattern=2,
+            rope_kinds=_ROPE_KINDS,
+            activation="hidden_activation",
+            norm_offset=1.0,
+            post_norms=True,
+            scales_embedding=True,
+        ),
+        "gemma3_text": Family(
+            topology="decoder",
+            # its attention reads no soft cap
+            fields={
+                **_GEMMA,
+                "max_position_embeddings": 131072,
+                "final_logit_softcapping": None,
+                "sliding_window_pattern": 6,
+                "rope_theta": 1_000_000.0,
+                "rope_local_base_freq": 10_000.0,
+            },
+            activations=_GATES,
+            fixed=_GEMMA_FIXED,
+            qkv_bias="attention_bias",
+            output_bias="attention_bias",
+            qk_norm=True,
+            windows="pattern",
+            window_pattern="sliding_window_pattern",
+            rope_kinds=("default", "linear"),
+            local_rope=True,
+            activation="hidden_activation",
+            norm_offset=1.0,
+            post_norms=True,
+            scales_embedding=True,
+        ),
     }
 )
 
@@ -199,5 +267,6 @@ encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
 return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
 exponential_decay_length_penalty suppress_tokens begin_suppress_tokens early_stopping
 tf_legacy_loss unsloth_version unsloth_fixed
+_sliding_window_pattern cache_implementation
 """
 HARMLESS: Final = frozenset(_HARMLESS.split())

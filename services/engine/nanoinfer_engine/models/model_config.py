@@ -88,6 +88,10 @@ class Fields:
             raise self.refuse(name, "must be finite and above 0")
         return float(value)
 
+    def number_or_none(self, name: str) -> float | None:
+        """A finite number above zero; None where null."""
+        return None if self.get(name) is None else self.number(name)
+
     def flag(self, name: str) -> bool:
         """A boolean."""
         value = self.get(name)
@@ -223,7 +227,12 @@ def _decoder(fields: Fields, family: Family, model_type: str) -> ModelConfig:
     layers = fields.integer("num_hidden_layers", MAX_LAYERS)
     if fields.get("head_dim") is None and hidden % heads:
         raise fields.refuse("hidden_size", f"must be a multiple of num_attention_heads {heads}")
-    rope, unread_rope = _rope(fields, family)
+    rope, local_rope, unread_rope = _ropes(fields, family)
+
+    def known(name: str) -> float | None:
+        return fields.number_or_none(name) if name in family.fields else None
+
+    scalar = known("query_pre_attn_scalar")
 
     def has_bias(rule: bool | str) -> bool:
         return fields.flag(rule) if isinstance(rule, str) else rule
@@ -240,7 +249,7 @@ def _decoder(fields: Fields, family: Family, model_type: str) -> ModelConfig:
         head_dim=fields.integer_or("head_dim", MAX_WIDTH, hidden // heads),
         max_position_embeddings=fields.integer("max_position_embeddings", MAX_POSITIONS),
         norm_eps=fields.number("rms_norm_eps"),
-        activation=fields.choice("hidden_act", family.activations),
+        activation=fields.choice(family.activation, family.activations),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=has_bias(family.qkv_bias),
         output_bias=has_bias(family.output_bias),
@@ -249,6 +258,13 @@ def _decoder(fields: Fields, family: Family, model_type: str) -> ModelConfig:
         qk_norm=family.qk_norm,
         sliding_windows=_sliding_windows(fields, family, layers),
         rope=rope,
+        local_rope=local_rope,
+        embedding_scale=math.sqrt(hidden) if family.scales_embedding else 1.0,
+        norm_offset=family.norm_offset,
+        post_norms=family.post_norms,
+        attention_scale=None if scalar is None else scalar**-0.5,
+        attention_softcap=known("attn_logit_softcapping"),
+        logit_softcap=known("final_logit_softcapping"),
         unread_fields=_unread(fields, family) + unread_rope,
     )
 
@@ -257,7 +273,7 @@ def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[i
     """Per layer, as the row's `windows` says."""
     if family.windows == "none":
         return (None,) * num_layers
-    used = family.windows == "all" or fields.flag("use_sliding_window")
+    used = family.windows != "layers" or fields.flag("use_sliding_window")
     used = used and fields.get("sliding_window") is not None
     window = fields.integer("sliding_window", MAX_POSITIONS) if used else None
     if family.windows == "all":
@@ -271,27 +287,74 @@ def _sliding_windows(fields: Fields, family: Family, num_layers: int) -> tuple[i
             wanted = "and use_sliding_window may be false, but layer_types has sliding_attention"
             raise fields.refuse("sliding_window", wanted)
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if family.windows == "pattern":
+        every = family.window_pattern
+        period = fields.integer(every, MAX_LAYERS) if isinstance(every, str) else every
+        if window is None and period > 1:
+            raise fields.refuse("sliding_window", "but layers have one")
+        return tuple(window if (layer + 1) % period else None for layer in range(num_layers))
     # the first `max_window_layers` layers see everything
     first = fields.integer("max_window_layers", MAX_LAYERS, 0)
     return tuple(None if layer < first else window for layer in range(num_layers))
 
 
-def _rope(fields: Fields, family: Family) -> tuple[RopeConfig, tuple[str, ...]]:
-    """The position embedding, and the fields of its section that have no effect.
-
-    `rope_scaling`, where it is not empty, takes the place of `rope_parameters`; what is not in the
-    section comes from the fields beside it, of which `original_max_position_embeddings` goes first.
-    """
+def _ropes(fields: Fields, family: Family) -> tuple[RopeConfig, RopeConfig | None, tuple[str, ...]]:
+    """The position embedding, that of layers with a window, and the fields without effect."""
+    if family.local_rope:
+        return _ropes_by_layer(fields, family)
+    # `rope_scaling`, where it is not empty, takes the place of `rope_parameters`
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     values = fields.get(name) or {}
     if not isinstance(values, Mapping):
         raise fields.refuse(name, "must be an object")
+    section, kind = _rope_section(fields, family, values, name, fields.get("rope_theta"))
+    for each, value in values.items():
+        if isinstance(value, Mapping):
+            raise section.refuse(each, "but position embeddings per kind of layer are unsupported")
+    _check_replaced(fields, section, name)
+    return _rope_config(section, kind), None, _unread_rope(values, name)
+
+
+def _ropes_by_layer(
+    fields: Fields, family: Family
+) -> tuple[RopeConfig, RopeConfig, tuple[str, ...]]:
+    """As `_ropes`, of a section for each kind of layer; `rope_scaling` changes the full one's."""
+    both = fields.get("rope_parameters")
+    if both is None:
+        both = {}
+    kinds = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+    if not isinstance(both, Mapping) or not set(both) <= set(kinds):
+        raise fields.refuse("rope_parameters", f"must be an object of {', '.join(kinds)}")
+    ropes: list[RopeConfig] = []
+    unread: tuple[str, ...] = ()
+    for layer_kind, theta in kinds.items():
+        name = f"rope_parameters.{layer_kind}"
+        values = {"rope_type": "default"} if both.get(layer_kind) is None else both[layer_kind]
+        scaling = fields.get("rope_scaling") if layer_kind == "full_attention" else None
+        scaling = {} if scaling is None else scaling
+        for each in (values, scaling):
+            if not isinstance(each, Mapping):
+                raise fields.refuse("rope_parameters", f"{layer_kind} must be an object")
+        values = {**values, **scaling}
+        section, kind = _rope_section(fields, family, values, name, fields.get(theta))
+        ropes.append(_rope_config(section, kind))
+        unread += _unread_rope(values, name)
+    return ropes[0], ropes[1], unread
+
+
+def _rope_section(
+    fields: Fields, family: Family, values: Mapping[str, Any], name: str, theta: Any
+) -> tuple[Fields, str]:
+    """A section and its kind; what is not in it comes from the fields beside it.
+
+    Of these `original_max_position_embeddings` goes first.
+    """
     original = fields.get("original_max_position_embeddings")
     if original is None:
         original = values.get(
             "original_max_position_embeddings", fields.get("max_position_embeddings")
         )
-    values = {"rope_theta": fields.get("rope_theta"), **values}
+    values = {"rope_theta": theta, **values}
     kind_name = "rope_type" if "rope_type" in values else "type"
     section = Fields(
         {**values, "original_max_position_embeddings": original},
@@ -300,12 +363,11 @@ def _rope(fields: Fields, family: Family) -> tuple[RopeConfig, tuple[str, ...]]:
     )
     kind = section.choice(kind_name, {each: each for each in family.rope_kinds})
     section.fixed("partial_rotary_factor", (None, 1))
-    for each, value in values.items():
-        if isinstance(value, Mapping):
-            raise section.refuse(each, "but position embeddings per kind of layer are unsupported")
-    _check_replaced(fields, section, name)
-    unread = tuple(f"{name}.{each}" for each in sorted(set(values) - _ROPE_FIELDS))
-    return _rope_config(section, kind), unread
+    return section, kind
+
+
+def _unread_rope(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{each}" for each in sorted(set(values) - _ROPE_FIELDS))
 
 
 def _check_replaced(fields: Fields, section: Fields, name: str) -> None:

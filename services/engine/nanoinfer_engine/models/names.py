@@ -51,8 +51,13 @@ _FUSED: _Names = (("self_attn.qkv_proj", "qkv", None), ("mlp.gate_up_proj", "up"
 _COMMON: _Names = (
     ("input_layernorm", "attention_norm", None),
     ("self_attn.o_proj", "output", None),
-    ("post_attention_layernorm", "mlp_norm", None),
     ("mlp.down_proj", "down", None),
+)
+_PRE_NORMS: _Names = (("post_attention_layernorm", "mlp_norm", None),)
+_PRE_AND_POST_NORMS: _Names = (
+    ("post_attention_layernorm", "attention_post_norm", None),
+    ("pre_feedforward_layernorm", "mlp_norm", None),
+    ("post_feedforward_layernorm", "mlp_post_norm", None),
 )
 _HEAD_NORMS: _Names = (
     ("self_attn.q_norm", "query_norm", None),
@@ -81,6 +86,7 @@ def checkpoint_layout(config: ModelConfig) -> CheckpointLayout:
         return CheckpointLayout(sources, "transformer.", ignored, tied)
     # Phi-3 stores its linears fused
     table = _COMMON + (_FUSED if config.model_type == "phi3" else _SPLIT)
+    table += _PRE_AND_POST_NORMS if config.post_norms else _PRE_NORMS
     table += _HEAD_NORMS if config.qk_norm else ()
     ends = (ModuleSource("embed_tokens", "embedding"), ModuleSource("norm", "norm"), *head)
     sources = *ends, *_layers(config, "layers", table)

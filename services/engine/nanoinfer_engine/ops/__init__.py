@@ -26,8 +26,10 @@ class Ops(Protocol[StepT, StreamT, InnerT]):
     [tokens, hidden], `InnerT` the input of a product that ends in the stream.
     """
 
-    def embed(self, table: nn.Embedding, positions: nn.Embedding | None, step: StepT) -> StreamT:
-        """Rows of `table` for the step's tokens, plus rows of `positions` where these are learned.
+    def embed(
+        self, table: nn.Embedding, positions: nn.Embedding | None, step: StepT, scale: float = 1.0
+    ) -> StreamT:
+        """Rows of `table` times `scale`, plus rows of `positions` where these are learned.
 
         `table` holds the ids of this rank's share of the vocabulary.
         """
@@ -40,11 +42,13 @@ class Ops(Protocol[StepT, StreamT, InnerT]):
     def attend(self, layer: AttentionLayer, qkv: InnerT, step: StepT) -> InnerT:
         """Norm and rotate heads, store K and V, attend: [tokens, heads · head dim].
 
-        `qkv` is [tokens, (heads + 2 · kv heads) · head dim]. Softmax scale is 1/sqrt(head dim).
+        `qkv` is [tokens, (heads + 2 · kv heads) · head dim].
         """
 
-    def add(self, stream: StreamT, inner: InnerT, linear: Linear) -> StreamT:
-        """stream + linear(inner), summed over the ranks; `stream` itself is used up."""
+    def add(
+        self, stream: StreamT, inner: InnerT, linear: Linear, norm: Norm | None = None
+    ) -> StreamT:
+        """stream + norm(linear(inner)), the product summed over the ranks; `stream` is used up."""
 
     def select(self, stream: StreamT, inner: InnerT, tokens: Tensor) -> tuple[StreamT, InnerT]:
         """Both for some tokens alone, by their index, in that order."""

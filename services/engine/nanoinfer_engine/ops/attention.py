@@ -89,52 +89,115 @@ class ReferenceAttention:
         )
 
     def forward(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, plan: ReferencePlan
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: ReferencePlan,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """Write K and V, then attend group by group and row by row."""
+        """Write K and V, then attend group by group and row by row.
+
+        `scale` None is 1/sqrt(head dim); `softcap` is as in `AttentionLayer`.
+        """
+        scores = _Scores(query.shape[-1] ** -0.5 if scale is None else scale, softcap)
         key, value = self._cache.write(layer, plan.slots, key, value)
         window = self._windows[layer]
         groups, prefills = plan.groups[window], plan.prefills[window]
         if plan.is_one_group(window):
-            return self._decode(layer, query, groups[0])
+            return self._decode(layer, query, groups[0], scores)
         output = torch.empty_like(query)
         for group in groups:
             rows = query.index_select(0, group.tokens)
-            output.index_copy_(0, group.tokens, self._decode(layer, rows, group))
+            output.index_copy_(0, group.tokens, self._decode(layer, rows, group, scores))
         for row in prefills:
             part = slice(row.start, row.stop)
-            output[part] = self._prefill(layer, query[part], key[part], value[part], row)
+            new = query[part], key[part], value[part]
+            output[part] = self._prefill(layer, *new, row, scores)
         return output
 
-    def _decode(self, layer: int, query: Tensor, group: DecodeGroup) -> Tensor:
+    def _decode(self, layer: int, query: Tensor, group: DecodeGroup, scores: _Scores) -> Tensor:
         """[rows, heads, dim] → the same, over the group's gathered blocks."""
         keys, values = self._cache.gather(layer, group.blocks)
         num_rows, heads, dim = query.shape
         kv_heads = keys.shape[2]
-        output = scaled_dot_product_attention(
+        output = scores.attend(
             query.reshape(num_rows, kv_heads, heads // kv_heads, dim),
             keys.view(num_rows, -1, kv_heads, dim).transpose(1, 2),
             values.view(num_rows, -1, kv_heads, dim).transpose(1, 2),
-            attn_mask=group.mask,
+            group.mask,
         )
         return output.reshape(num_rows, heads, dim)
 
     def _prefill(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, row: PrefillRow
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        row: PrefillRow,
+        scores: _Scores,
     ) -> Tensor:
         """[queries, heads, dim] → the same, over the row's own context."""
         if row.blocks is not None:
             keys, values = self._cache.gather(layer, row.blocks)
             key, value = keys.flatten(0, 1), values.flatten(0, 1)
-        output = scaled_dot_product_attention(
+        output = scores.attend(
             query.transpose(0, 1).unsqueeze(0),
             key.transpose(0, 1).unsqueeze(0),
             value.transpose(0, 1).unsqueeze(0),
-            attn_mask=row.mask,
+            row.mask,
             is_causal=row.mask is None,
-            enable_gqa=query.shape[1] != key.shape[1],
         )
         return output[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How scores are made of query · key."""
+
+    scale: float
+    softcap: float | None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """[rows, heads, queries, dim] over [rows, kv heads, keys, dim]; `mask` is added."""
+        if self.softcap is not None:
+            return self._capped(query, key, value, mask, is_causal)
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+            enable_gqa=query.shape[1] != key.shape[1],
+            scale=self.scale,
+        )
+
+    def _capped(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Written out: SDPA knows no soft cap."""
+        softcap = self.softcap or 0.0
+        group = query.shape[1] // key.shape[1]
+        key, value = (each.repeat_interleave(group, dim=1) for each in (key, value))
+        scores = (query @ key.transpose(-1, -2)).float() * (self.scale / softcap)
+        scores = scores.tanh_().mul_(softcap)
+        if is_causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores.masked_fill_(later, -torch.inf)
+        elif mask is not None:
+            scores += mask
+        return scores.softmax(-1).to(value.dtype) @ value
 
 
 class _Rows:

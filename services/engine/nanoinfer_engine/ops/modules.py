@@ -23,18 +23,30 @@ class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension."""
 
     def __init__(
-        self, size: int, eps: float, kind: Literal["rms", "layer"] = "rms", *, bias: bool = False
+        self,
+        size: int,
+        eps: float,
+        kind: Literal["rms", "layer"] = "rms",
+        *,
+        bias: bool = False,
+        offset: float = 0.0,
     ) -> None:
-        """`size` is the last dimension; a bias is LayerNorm's alone."""
+        """`size` is the last dimension; a bias is LayerNorm's alone.
+
+        `offset` is added to stored weights as they are loaded. It keeps them in float32: the sum
+        with a small weight would be rounded in fewer bits.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
-        self.eps, self.kind = eps, kind
+        self.eps, self.kind, self.offset = eps, kind, offset
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
         if self.kind == "rms":
-            return functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+            wide = hidden.to(self.weight.dtype)
+            output = functional.rms_norm(wide, self.weight.shape, self.weight, self.eps)
+            return output.to(hidden.dtype)
         return functional.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -58,11 +70,12 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayer:
-    """Constants of one layer's attention: heads, their norms, rotation and window.
+    """Constants of one layer's attention: heads, their norms, rotation, window and scores.
 
     `index` is the layer's place in the KV cache. `rotary` is [positions, 2, 1, head dim]: cosines,
     and sines with the first half negated; None where positions are learned. A token sees the last
-    `window` positions, itself included, or all.
+    `window` positions, itself included, or all. A score is query · key times `scale`, then, with a
+    `softcap` c, c · tanh(score / c).
     """
 
     index: int
@@ -73,6 +86,8 @@ class AttentionLayer:
     key_norm: Norm | None
     rotary: Tensor | None
     window: int | None
+    scale: float
+    softcap: float | None = None
 
     @property
     def num_rotated(self) -> int:

@@ -51,7 +51,11 @@ class ReferenceOps:
         self._attention, self._rank, self._vocab_size = attention, rank, vocab_size or 0
 
     def embed(
-        self, table: nn.Embedding, positions: nn.Embedding | None, step: ReferenceStep
+        self,
+        table: nn.Embedding,
+        positions: nn.Embedding | None,
+        step: ReferenceStep,
+        scale: float = 1.0,
     ) -> Tensor:
         """Rows of the rank's share, zeros for other ranks' ids, summed over the ranks."""
         if self._rank.size == 1:
@@ -61,6 +65,8 @@ class ReferenceOps:
             outside = (local < 0) | (local >= len(table.weight))
             rows = functional.embedding(local.masked_fill(outside, 0), table.weight)
             hidden = self._rank.add_up(rows.masked_fill(outside.unsqueeze(1), 0))
+        if scale != 1.0:
+            hidden *= scale
         if positions is not None:
             hidden += functional.embedding(step.positions, positions.weight)
         return hidden
@@ -84,11 +90,17 @@ class ReferenceOps:
             parts = qkv.view(len(qkv), layer.num_rotated + layer.num_kv_heads, layer.head_dim)
             both = rotate(parts[:, : layer.num_rotated], step.rotary(layer.rotary))
             query, key = both[:, : layer.num_heads], both[:, layer.num_heads :]
-        return self._attention.forward(layer.index, query, key, value, step.plan).flatten(1)
+        attended = self._attention.forward(
+            layer.index, query, key, value, step.plan, layer.scale, layer.softcap
+        )
+        return attended.flatten(1)
 
-    def add(self, stream: Tensor, inner: Tensor, linear: Linear) -> Tensor:
+    def add(
+        self, stream: Tensor, inner: Tensor, linear: Linear, norm: Norm | None = None
+    ) -> Tensor:
         """The same tensor, added to."""
-        stream += self._rank.add_up(linear(inner))
+        product = self._rank.add_up(linear(inner))
+        stream += product if norm is None else norm(product)
         return stream
 
     def select(self, stream: Tensor, inner: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

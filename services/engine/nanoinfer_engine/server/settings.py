@@ -9,7 +9,7 @@ from nanoinfer_common.config import ServiceSettings
 from nanoinfer_common.model_paths import model_name
 from pydantic import ByteSize, Field, model_validator
 
-from nanoinfer_engine.core.config import EngineConfig
+from nanoinfer_engine.core.config import WEIGHT_FORMATS, EngineConfig, WeightFormat
 from nanoinfer_engine.core.watchdog import Patience
 
 
@@ -40,9 +40,11 @@ class EngineSettings(ServiceSettings):
         description="Number format of the computation. On CUDA `auto` is the checkpoint's own:"
         " float16 or bfloat16, and bfloat16 for a float32 one; on a CPU it is float32.",
     )
-    quantization: Literal["none", "fp8"] = Field(
+    quantization: WeightFormat = Field(
         "none",
-        description="8-bit weights and activations in the layers; `fp8` from Ada on, slow on CPUs.",
+        description="Format of the layers' weights: "
+        + "; ".join(f"`{name}`, {meaning}" for name, meaning in WEIGHT_FORMATS.items())
+        + ".",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         "auto", description="Number format of the KV cache; `fp8` holds twice the tokens."

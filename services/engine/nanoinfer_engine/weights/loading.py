@@ -21,6 +21,7 @@ from nanoinfer_engine.core.progress import LoadProgress, Progress
 from nanoinfer_engine.models import Decoder
 from nanoinfer_engine.models.names import CheckpointLayout
 from nanoinfer_engine.ops.linear import Copy, Linear
+from nanoinfer_engine.ops.modules import Norm
 from nanoinfer_engine.weights.checkpoints import Checkpoint, Part
 from nanoinfer_engine.weights.staging import Staging
 
@@ -104,7 +105,10 @@ def _place(model: Decoder, placement: Placement, stored: Tensor, copy: Copy) -> 
         module.load_rows(placement.first, tensor, copy)
         return
     target = model.get_parameter(placement.parameter)
-    copy(tensor, target[placement.first : placement.first + placement.shape[0]])
+    part = target[placement.first : placement.first + placement.shape[0]]
+    copy(tensor, part)
+    if isinstance(module, Norm) and kind == "weight":
+        part += module.offset
 
 
 def _copy(source: Tensor, target: Tensor) -> None:

@@ -90,6 +90,8 @@ class PagedAttention:
         plan: PagedPlan,
         output: Tensor,
         *,
+        scale: float | None = None,
+        softcap: float | None = None,
         pdl: bool = False,
     ) -> Tensor:
         """Transform heads, write K and V, attend; `heads` and `output` as in `decode_attention`.
@@ -109,12 +111,16 @@ class PagedAttention:
                 self._workspace,
                 output[:count],
                 self._shape(count),
+                scale=scale,
+                softcap=softcap,
                 pdl=pdl,
             )
         if plan.prompts is not None:
             rest = (heads[0][count:], heads[1][count:], heads[2][count:])
             rest_of_output = output[count:]
-            attended = self._prompts(layer, rest, transform, plan.prompts, rest_of_output)
+            attended = self._prompts(
+                layer, rest, transform, plan.prompts, rest_of_output, scale, softcap
+            )
             if not count:
                 return attended
             if attended is not rest_of_output:
@@ -128,16 +134,19 @@ class PagedAttention:
         transform: HeadTransform,
         plan: PromptPlan,
         output: Tensor,
+        scale: float | None,
+        softcap: float | None,
     ) -> Tensor:
         """What `output` is for, there or in a tensor of its own."""
         window = self._windows[layer]
-        whole = plan.equal_length is not None and window is None and _suits_cudnn(plan)
+        whole = plan.equal_length is not None and window is None and softcap is None
+        whole = whole and _suits_cudnn(plan)
         cache = self._cache.layer(layer)
         query, key, value = rotate_and_write(
             heads, cache, plan.slots, plan.positions, transform, output.dtype, copies=whole
         )
         if whole:
-            return _cudnn(query, key, value, plan.equal_length or 0)
+            return _cudnn(query, key, value, plan.equal_length or 0, scale)
         return prompt_attention(
             query,
             cache,
@@ -148,6 +157,8 @@ class PagedAttention:
             window,
             output,
             _PROMPT_SHAPE if query.shape[-1] <= 128 else _WIDE_PROMPT_SHAPE,
+            scale=scale,
+            softcap=softcap,
         )
 
 
@@ -156,12 +167,14 @@ def _suits_cudnn(plan: PromptPlan) -> bool:
     return length % _CUDNN_MULTIPLE == 0 and len(plan.slots) >= _CUDNN_TOKENS
 
 
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, length: int, scale: float | None) -> Tensor:
     """Equal whole prompts in one call; [tokens, heads, dim] in and out."""
     query, key, value = (
         part.view(-1, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
     )
     backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends, set_priority=True):
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True, scale=scale
+        )
     return output.transpose(1, 2).flatten(0, 1)

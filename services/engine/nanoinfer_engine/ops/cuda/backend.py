@@ -120,7 +120,13 @@ class CudaOps:
         self._products: dict[Linear, _Product] = {}
         self._transforms: dict[AttentionLayer, HeadTransform] = {}
 
-    def embed(self, table: nn.Embedding, positions: nn.Embedding | None, step: CudaStep) -> Stream:
+    def embed(
+        self,
+        table: nn.Embedding,
+        positions: nn.Embedding | None,
+        step: CudaStep,
+        scale: float = 1.0,
+    ) -> Stream:
         """Ids that the step before has sampled are read on the device."""
         weight, count = table.weight, len(step.token_ids)
         pdl = step.plan.prompts is None and count <= self.pdl_rows
@@ -128,6 +134,8 @@ class CudaOps:
         first = self._rank.index * len(weight)
         embed(step.token_ids, step.sources, step.sampled, weight, residual, first=first, pdl=pdl)
         self._rank.add_up(residual)
+        if scale != 1.0:
+            residual *= scale
         if positions is not None:
             residual += functional.embedding(step.positions(), positions.weight)
         return Stream(residual, None, pdl)
@@ -166,13 +174,22 @@ class CudaOps:
         count, pdl = len(qkv), step.plan.prompts is None and len(qkv) <= self.pdl_rows
         output = self._empty(count, layer.num_heads, layer.head_dim)
         output = self._attention.attend(
-            layer.index, layer.heads(qkv), self._transforms[layer], step.plan, output, pdl=pdl
+            layer.index,
+            layer.heads(qkv),
+            self._transforms[layer],
+            step.plan,
+            output,
+            scale=layer.scale,
+            softcap=layer.softcap,
+            pdl=pdl,
         )
         return output.flatten(1)
 
-    def add(self, stream: Stream, inner: Inner, linear: Linear) -> Stream:
+    def add(self, stream: Stream, inner: Inner, linear: Linear, norm: Norm | None = None) -> Stream:
         """The product goes into the residual at once, or waits as parts."""
         _settle(stream)
+        if norm is not None:
+            return self._add_normed(stream, inner, linear, norm)
         product = self._product(linear, None, joins=True)
         rows, pdl = len(stream.residual), stream.pdl
         if not rows:
@@ -196,6 +213,20 @@ class CudaOps:
             torch.addmm(stream.residual, inner, linear.weight.t(), out=stream.residual)
             return stream
         return self._with_parts(stream, self._multiply(product, inner, pdl))
+
+    def _add_normed(self, stream: Stream, inner: Inner, linear: Linear, norm: Norm) -> Stream:
+        """The norm needs the product whole; what it gives waits as a part."""
+        product = self._product(linear, None)
+        rows, pdl = len(stream.residual), stream.pdl
+        if not rows:
+            return stream
+        if isinstance(inner, Gated):
+            values, scales = quantize_rows(inner.product, inner.activation, pdl=pdl)
+            whole = _scaled(values, scales, product)
+        else:
+            whole = self._multiply(product, inner, pdl)
+        whole = self._rank.add_up(whole.to(stream.residual.dtype))
+        return replace(stream, delta=self._normed(Stream(whole, None, pdl), norm).unsqueeze(0))
 
     def select(self, stream: Stream, inner: Inner, tokens: Tensor) -> tuple[Stream, Tensor]:
         """The kernels behind are those of a decode step of so many rows: compiled before."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanoinfer_engine.ops.cuda.kernels.heads import stored, transformed_heads
+from nanoinfer_engine.ops.cuda.kernels.heads import softmax_scores, stored, transformed_heads
 
 
 @triton.jit
@@ -41,13 +41,14 @@ def _tile(
 
 
 @triton.jit
-def _attend(q, k, v, seen, factor, top, total, acc):
+def _attend(q, k, v, seen, factor, top, total, acc, SOFTCAP: tl.constexpr):
     """One tile of the online softmax (arXiv:2205.14135), in base 2.
 
     A tile with nothing to see leaves everything as it was, also while `top` is still -inf.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)
-    scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * factor, float("-inf"))
+    scores = softmax_scores(tl.dot(q, tl.trans(k)), factor, SOFTCAP)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     shrink = tl.exp2(top - base)
@@ -82,7 +83,7 @@ def _append(
 def _first_state(
     q, key, value, keys, values, slot_stride, table, source, kv_head, gain, rotary, last, eps,
     factor, dims, split, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The online softmax before any cached tile: the first program has the new token in it."""
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -93,7 +94,8 @@ def _first_state(
             key, value, keys, values, slot_stride, table, source, kv_head, gain, rotary, last, eps,
             dims, DIM, BLOCK_SIZE, NORM, ROTARY,
         )  # fmt: skip
-        top = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * factor
+        product = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
+        top = softmax_scores(product, factor, SOFTCAP)
         total += 1.0
         acc += v.to(tl.float32)[None, :]
     return top, total, acc
@@ -135,7 +137,7 @@ def decode_kernel(
     WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, MOST: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    SOFTCAP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program for a row, a KV head and a share of the context; see `decode.decode_attention`."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -172,16 +174,16 @@ def decode_kernel(
     source = row.to(tl.int64) * input_stride + kv_head * DIM
     top, total, acc = _first_state(
         q, key, value, keys, values, slot_stride, table, source, kv_head, key_gain, rotary, last,
-        eps, factor, dims, split, GROUP_PAD, DIM, DIM_PAD, BLOCK_SIZE, NORM, ROTARY,
+        eps, factor, dims, split, GROUP_PAD, DIM, DIM_PAD, BLOCK_SIZE, NORM, ROTARY, SOFTCAP,
     )  # fmt: skip
     if PREFETCH:
-        top, total, acc = _attend(q, k, v, seen, factor, top, total, acc)
+        top, total, acc = _attend(q, k, v, seen, factor, top, total, acc, SOFTCAP)
         begin += TILE
     for position in range(begin, end, TILE):
         k, v, seen = _tile(
             keys, values, slot_stride, table, kv_head, position, end, dims, DIM, BLOCK_SIZE, TILE
         )
-        top, total, acc = _attend(q, k, v, seen, factor, top, total, acc)
+        top, total, acc = _attend(q, k, v, seen, factor, top, total, acc, SOFTCAP)
 
     _leave(
         output, parts, maxima, sums, arrived, top, total, acc, row * KV_HEADS + kv_head, heads,

@@ -60,6 +60,8 @@ def decode_attention(
     output: Tensor,
     shape: AttentionShape,
     *,
+    scale: float | None = None,
+    softcap: float | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """One new token per row attends to its context and joins the cache; returns `output`.
@@ -68,7 +70,7 @@ def decode_attention(
     row stride; `cache` keys and values [blocks, block size, kv heads, dim]; `tables` [rows, any];
     `contexts` [rows] with the new token counted, 0 for a row that is padding (left unwritten);
     `output` [rows, heads, dim], contiguous, in the dtype that is computed with; the cache may be
-    e4m3.
+    e4m3. `scale` None is 1/sqrt(dim); `softcap` is as in `AttentionLayer`.
     """
     query, key, value = heads
     num_rows, num_heads, dim = query.shape
@@ -82,12 +84,12 @@ def decode_attention(
         unused if transform.query_gain is None else transform.query_gain,
         unused if transform.key_gain is None else transform.key_gain,
         output, workspace.parts, workspace.maxima, workspace.sums, workspace.arrived,
-        transform.eps, dim**-0.5, splits,
+        transform.eps, dim**-0.5 if scale is None else scale, splits,
         WINDOW=window or 0, KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(power_of_two(group), 16),
         DIM=dim, DIM_PAD=power_of_two(dim), BLOCK_SIZE=block_size,
         TILE=shape.tile if dim <= 128 else min(shape.tile, 32), SPLIT=splits > 1, MOST=MAX_SPLITS,
         NORM=transform.query_gain is not None, ROTARY=transform.rotary is not None,
-        PREFETCH=shape.prefetch, num_warps=shape.num_warps, num_stages=shape.num_stages,
-        **pdl_options(pdl),
+        SOFTCAP=softcap or 0.0, PREFETCH=shape.prefetch,
+        num_warps=shape.num_warps, num_stages=shape.num_stages, **pdl_options(pdl),
     )  # fmt: skip
     return output

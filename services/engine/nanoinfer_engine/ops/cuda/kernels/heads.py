@@ -71,6 +71,20 @@ def stored(x, cache):
 
 
 @triton.jit
+def softmax_scores(products, factor, SOFTCAP: tl.constexpr):
+    """query · key → scores of a softmax in base 2; `factor` is the scale times log2(e).
+
+    With SOFTCAP c, above 0, the scores in base e are c · tanh(score / c).
+    """
+    scores = products * factor
+    if SOFTCAP > 0:
+        cap = SOFTCAP * 1.4426950408889634
+        # tanh(x) is 1 - 2 / (1 + exp(2 · x)), which neither overflow nor underflow makes NaN
+        scores = cap - 2 * cap / (1.0 + tl.exp(scores * (2 / cap)))
+    return scores
+
+
+@triton.jit
 def _rotate_write_kernel(
     query, key, value, input_stride, keys, values, slot_stride, slots, positions, rotary,
     query_gain, key_gain, query_out, key_out, value_out, eps,

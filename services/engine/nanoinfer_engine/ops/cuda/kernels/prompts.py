@@ -16,6 +16,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanoinfer_engine.ops.cuda.kernels.heads import softmax_scores
 from nanoinfer_engine.ops.cuda.kernels.launch import power_of_two
 
 QUERY_TILE = 128
@@ -44,7 +45,7 @@ def query_tiles(lengths: NDArray[np.int64], contexts: NDArray[np.int64]) -> NDAr
 def _walk(
     q, queries, keys, values, slot_stride, kv_head, table, begin, end, dims, factor, top, total,
     acc, MASKED: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Online softmax, in base 2, over positions from `begin` to `end`; `queries` are positions."""
     for start in range(begin, end, TILE):
@@ -61,7 +62,7 @@ def _walk(
             k = tl.load(keys + places, mask=dims[None, :] < DIM, other=0.0).to(q.dtype)
         else:
             k = tl.load(keys + places).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k)) * factor
+        scores = softmax_scores(tl.dot(q, tl.trans(k)), factor, SOFTCAP)
         if MASKED:
             seen = positions[None, :] <= queries[:, None]
             if WINDOW > 0:
@@ -91,7 +92,7 @@ def _prompt_kernel(
     query, query_stride, keys, values, slot_stride, tables, table_stride, tiles, query_starts,
     contexts, output, output_stride, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     row = tl.load(tiles + 2 * tl.program_id(1))
@@ -122,11 +123,11 @@ def _prompt_kernel(
     else:
         top, total, acc = _walk(
             q, queries, keys, values, slot_stride, kv_head, table, begin, whole, dims, factor,
-            top, total, acc, False, WINDOW, DIM, DIM_PAD, BLOCK_SIZE, TILE,
+            top, total, acc, False, WINDOW, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFTCAP,
         )  # fmt: skip
     top, total, acc = _walk(
         q, queries, keys, values, slot_stride, kv_head, table, whole, end, dims, factor,
-        top, total, acc, True, WINDOW, DIM, DIM_PAD, BLOCK_SIZE, TILE,
+        top, total, acc, True, WINDOW, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFTCAP,
     )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)  # queries past the row's end may have seen nothing
     target = output + tokens * output_stride + head * DIM + dims[None, :]
@@ -143,20 +144,25 @@ def prompt_attention(
     window: int | None,
     output: Tensor,
     shape: PromptShape,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Each new token attends to its row's positions up to its own; returns `output`.
 
     `query` and `output` are [tokens, heads, dim], heads side by side; `cache` keys and values
     [blocks, block size, kv heads, dim] with the new ones in them; `tables` [rows, any] and
     `tiles` [tiles, 2] int32; `query_starts` [rows + 1] and `contexts` [rows], new tokens counted.
+    `scale` None is 1/sqrt(dim); `softcap` is as in `AttentionLayer`.
     """
     _, num_heads, dim = query.shape
     _, block_size, kv_heads, _ = cache[0].shape
     _prompt_kernel[(num_heads, len(tiles))](
         query, query.stride(0), *cache, cache[0].stride(1), tables, tables.stride(0), tiles,
-        query_starts, contexts, output, output.stride(0), dim**-0.5,
+        query_starts, contexts, output, output.stride(0),
+        dim**-0.5 if scale is None else scale,
         GROUP=num_heads // kv_heads, DIM=dim, DIM_PAD=power_of_two(dim), BLOCK_SIZE=block_size,
-        WINDOW=window or 0, QUERIES=QUERY_TILE, TILE=shape.key_tile,
+        WINDOW=window or 0, QUERIES=QUERY_TILE, TILE=shape.key_tile, SOFTCAP=softcap or 0.0,
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     return output
