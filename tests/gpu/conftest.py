@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if INTERPRETED:
         deprecated = "Conversion of an array with ndim > 0:DeprecationWarning"
         for warning in (deprecated, ":RuntimeWarning"):
-            config.addinivalue_line("filterwarnings", f"ignore:{warning}:triton")
+            config.addinivalue_line("filterwarnings", f"ignore:{warning}:(triton|numpy)")
 
 
 @pytest.fixture(scope="session")
