@@ -5,13 +5,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 CODEGEN := .venv-proto
+TRITON := .venv-triton
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 PROMPT ?= What is a KV cache?
 
-.PHONY: help demo up test check proto release-contract bench scale model clean
+.PHONY: help demo up test test-kernels check proto release-contract bench scale model clean
 help:            ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -47,6 +48,14 @@ node_modules/.ready: $(VENV)/.dev package.json
 .cache/real/.ready: $(VENV)/.dev tests/real/fetch.sh tests/real/convert.py
 	-PATH="$(CURDIR)/$(BIN):$$PATH" tests/real/fetch.sh .cache/real && touch $@
 
+# Triton's interpreter and what it needs differently than the services; everything else comes from $(VENV), by a .pth line.
+# Where triton cannot be had (no wheel for this machine, no network) what needs it is skipped by name.
+$(TRITON)/.ready: $(VENV)/.dev tests/gpu/requirements.txt
+	$(PYTHON) -m venv $(TRITON)
+	packages() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(packages $(BIN)/python)')" > "$$(packages $(TRITON)/bin/python)/services.pth"
+	-$(TRITON)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/gpu/requirements.txt && touch $@
+
 demo: $(VENV)/.run  ## answer one question through all three services and draw the request's trace
 	@$(BIN)/nanoinfer trace --model models/guide "$(PROMPT)" </dev/null
 
@@ -55,6 +64,15 @@ up: $(VENV)/.run  ## start the three services here and wait; Ctrl-C ends them
 
 test: check node_modules/.ready $(CODEGEN)/.ready .cache/tools/.ready .cache/real/.ready  ## lint, types, contracts, unit and end-to-end tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" </dev/null
+
+# one thread a worker: the interpreter is Python, and its matrices are small
+test-kernels: $(TRITON)/.ready  ## run the CUDA kernels' tests in Triton's interpreter, without a GPU
+	@if [ -e $(TRITON)/.ready ]; then \
+		TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+		$(TRITON)/bin/python -m pytest -q -m gpu -n 2 --dist worksteal --timeout 900 tests/gpu </dev/null; \
+	else \
+		echo "skipped: tests/gpu in Triton's interpreter; triton cannot be installed here"; \
+	fi
 
 check: $(VENV)/.dev  ## lint, format, types, import directions, spelling
 	$(BIN)/ruff check .
@@ -80,4 +98,4 @@ model: $(VENV)/.dev  ## train the demonstration model again (needs a GPU)
 	$(BIN)/python models/guide/train.py
 
 clean:           ## remove what was installed and cached here
-	rm -rf $(VENV) $(CODEGEN) node_modules .cache .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(CODEGEN) $(TRITON) node_modules .cache .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

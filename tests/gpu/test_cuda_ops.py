@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tests.engine.compute.driver import AllLogits
 from tests.engine.tiny_checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.gpu.interpreted import INTERPRETED
 
 pytestmark = pytest.mark.gpu
 
@@ -72,10 +73,12 @@ def cuda_ops(
     """Operations for four rows; `config` is of the rank's share."""
     from nanoinfer_engine.ops.cuda.attention import PagedAttention
     from nanoinfer_engine.ops.cuda.backend import PDL_ROWS, CudaOps
-    from nanoinfer_engine.ops.cuda.kernels.decode import DecodeWorkspace
+    from nanoinfer_engine.ops.cuda.kernels.decode import AttentionShape, DecodeWorkspace
     from nanoinfer_engine.ops.cuda.products import TuningTable
 
-    table = table or TuningTable({}, {})
+    # a row's context is split on both; in the interpreter over few programs
+    few = {(2, 16): {4: AttentionShape(32, 4, 3, False, 8)}} if INTERPRETED else {}
+    table = table or TuningTable({}, few)
     kv_heads, dim = config.num_kv_heads, config.head_dim
     workspace = DecodeWorkspace(4, config.num_heads, kv_heads, dim, cache.device)
     attention = PagedAttention(
