@@ -14,9 +14,9 @@ PREFIX: Final = "NANOINFER_"
 # The settings of the common room, then of the gateway, the tokenizer and the engine.
 _SETTINGS: Final = """
 default_deadline_seconds drain_delay_seconds drain_seconds host log_format log_level
-max_connection_age_seconds max_deadline_seconds max_message_bytes max_received_bytes
-max_unsent_bytes metrics_port metrics_prefix port port_file reflection trace_proxy
-trust_incoming_trace
+max_connection_age_seconds max_connection_idle_seconds max_deadline_seconds max_message_bytes
+max_received_bytes max_unsent_bytes metrics_port metrics_prefix port port_file reflection
+trace_proxy trust_incoming_trace
 
 engine max_answer_bytes max_buffered_bytes max_prompt_bytes max_prompt_tokens
 max_request_prompt_bytes max_requests max_tenant_requests num_write_slots
