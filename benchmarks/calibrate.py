@@ -21,6 +21,7 @@ from launch import Running, stack
 from load import GREEDY, Target, sender, stopping
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from nanoinfer_common.channels import DIRECT
+from nanoinfer_common.json_files import read_object
 from serving import PROMPT, encode, machine
 
 CALIBRATION = Path(__file__).parent / "scale" / "calibration.json"
@@ -112,7 +113,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("models/guide"))
     options = parser.parse_args()
-    calibration = json.loads(CALIBRATION.read_text())
+    calibration = read_object(CALIBRATION)
     started = time.monotonic()
     with stack(options.model, ["--threads", "1"]) as running:
         seconds_for_three = time.monotonic() - started

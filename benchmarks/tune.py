@@ -20,6 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from nanoinfer_common.json_files import read_object
 from nanoinfer_engine.core.batch import BatchRow
 from nanoinfer_engine.core.config import EngineConfig, ModelConfig
 from nanoinfer_engine.core.request import SamplingOptions
@@ -297,7 +298,7 @@ def main(argv: Sequence[str]) -> int:
     path = arguments.out / f"{card.lower().replace(' ', '-')}.json"
     table = TuningTable({}, {})
     if path.exists() and not arguments.again:
-        table = products.table_from_json(json.loads(path.read_text()))
+        table = products.table_from_json(read_object(path))
     for name in arguments.shapes:
         config = SHAPES[name]
         ranked = {

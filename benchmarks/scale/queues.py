@@ -7,7 +7,6 @@ modelled: the network, prefix reuse, failures, preemption (a workload that may n
 from __future__ import annotations
 
 import heapq
-import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nanoinfer_common.json_files import read_object
 
 # a jump over equal decode steps is cut here, so that the growing context is felt
 MAX_STEPS_AT_ONCE = 64
@@ -25,8 +25,7 @@ MAX_STEPS_AT_ONCE = 64
 @cache
 def calibration() -> dict[str, Any]:
     """The calibration file."""
-    loaded: dict[str, Any] = json.loads((Path(__file__).parent / "calibration.json").read_text())
-    return loaded
+    return read_object(Path(__file__).parent / "calibration.json")
 
 
 def cost(name: str) -> float:
