@@ -39,7 +39,6 @@ ALLOWED = {
         "triton",
         "numpy",
         "safetensors",
-        "psutil",
         "tqdm",
         *SERVICE,
     },

@@ -27,11 +27,6 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
         self.make_weight()
 
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of all that a product reads of the weight."""
-        return sum(p.nbytes for name, p in self.named_parameters() if name != "bias")
-
     def make_weight(self) -> None:
         """Make the parameters that hold the weight."""
         raise NotImplementedError
