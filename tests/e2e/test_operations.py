@@ -149,6 +149,10 @@ def test_a_request_leaves_one_log_line_with_counts_and_no_text(own_stack: Stack)
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
         stub.Generate(request, timeout=30, metadata=metadata)
     for service, method in ((own_stack.gateway, "Generate"), (own_stack.engine, "Generate")):
+        deadline = time.monotonic() + 60  # the log has a thread of its own
+        while "of-the-log" not in service.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         lines = [line for line in service.log.read_text().splitlines() if "of-the-log" in line]
         assert len(lines) == 1, lines
         said = json.loads(lines[0])
