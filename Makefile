@@ -88,7 +88,7 @@ proto: $(CODEGEN)/.ready  ## generate the Python stubs again
 release-contract: node_modules/.ready  ## record the contract that `buf breaking` compares with from now on
 	PATH="$(CURDIR)/$(BIN):$$PATH" node_modules/.bin/buf build --exclude-source-info -o proto/released.binpb
 
-bench: $(VENV)/.run  ## measure tokens/s at 1, 8 and 32 streams, TTFT and the gateway's overhead here
+bench: $(VENV)/.dev  ## measure tokens/s at 1, 8 and 32 streams, TTFT and the gateway's overhead here
 	$(BIN)/python benchmarks/serving.py --model models/guide
 
 scale: $(VENV)/.run  ## say how many replicas serve a load and how autoscaling does, by simulation

@@ -21,6 +21,7 @@ from launch import Running, stack
 from load import GREEDY, Target, sender, stopping
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc, tokenizer_pb2, tokenizer_pb2_grpc
 from nanoinfer_common.channels import DIRECT
+from nanoinfer_common.json_files import read_object
 from serving import PROMPT, encode, machine
 
 CALIBRATION = Path(__file__).parent / "scale" / "calibration.json"
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="measures the costs for benchmarks/scale")
     parser.add_argument("--model", type=Path, default=Path("models/guide"))
     options = parser.parse_args()
-    calibration, started = json.loads(CALIBRATION.read_text()), time.monotonic()
+    calibration, started = read_object(CALIBRATION), time.monotonic()
     with stack(options.model, ["--threads", "1"]) as running:
         start_seconds = round(time.monotonic() - started, 1)
         (prompt,) = asyncio.run(encode(running.tokenizer.address, [PROMPT]))

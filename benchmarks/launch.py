@@ -1,21 +1,18 @@
-"""Starts services for a measurement: real processes on loopback, no tracing, logs to files."""
+"""Starts services for a measurement: real processes on loopback, no tracing."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from nanoinfer_common.channels import DIRECT
+from nanoinfer.cli.console import CommandError
+from nanoinfer.cli.processes import ServiceProcess
 
 
 @dataclass(frozen=True)
@@ -44,45 +41,23 @@ class Stack:
     gateways: tuple[Running, ...]
 
 
-def _is_ready(address: str) -> bool:
-    with grpc.insecure_channel(address, DIRECT) as channel:
-        request = health_pb2.HealthCheckRequest(service="readiness")
-        try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2)
-        except grpc.RpcError:
-            return False
-    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
-
-
 @contextmanager
 def service(module: str, *flags: str, seconds: float = 120) -> Iterator[Running]:
     """Runs a module, or a file, and yields it once it is ready; ends it afterwards."""
     program = [module] if module.endswith(".py") else ["-m", module]
+    command = [sys.executable, *program, "--port", "0", "--metrics-port", "0"]
+    command += ["--log-level", "warning", *flags]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
     with tempfile.TemporaryDirectory() as directory:
-        port_file, log = Path(directory, "port"), Path(directory, "log")
-        common = ["--port", "0", "--port-file", str(port_file), "--metrics-port", "0"]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("OTEL_")}
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, *program, *common, "--log-level", "warning", *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
+        started = ServiceProcess(module, command, Path(directory, "port"), environment)
         try:
-            end = time.monotonic() + seconds
-            while True:
-                text = port_file.read_text().strip() if port_file.exists() else ""
-                if text and _is_ready(address := f"127.0.0.1:{text.rpartition(':')[2]}"):
-                    break
-                if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(f"{module} is not ready:\n{log.read_text()}")
-                time.sleep(0.1)
-            yield Running(address, process.pid)
+            try:
+                started.await_start(seconds)
+            except CommandError as error:
+                raise SystemExit(str(error)) from error
+            yield Running(started.address, started.process.pid)
         finally:
-            process.terminate()
-            process.wait(30)
+            started.stop(30)
 
 
 @contextmanager

@@ -70,10 +70,6 @@ class TimedRunner:
         gc.freeze()
         return 0.0
 
-    def execute(self, batch: Batch) -> list[RowResult]:
-        """Launch and wait."""
-        return self.launch(batch).results()
-
     def launch(self, batch: Batch) -> TimedStep:
         """Hold the interpreter as long as a launch does; the step follows those before."""
         rows = batch.rows

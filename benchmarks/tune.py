@@ -20,6 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from nanoinfer_common.json_files import read_object
 from nanoinfer_engine.core.batch import BatchRow
 from nanoinfer_engine.core.config import EngineConfig, ModelConfig
 from nanoinfer_engine.core.request import SamplingOptions
@@ -299,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
     path = arguments.out / f"{card.lower().replace(' ', '-')}.json"
     table = TuningTable({}, {})
     if path.exists():
-        table = products.table_from_json(json.loads(path.read_text()))
+        table = products.table_from_json(read_object(path))
     for name in arguments.shapes:
         config = SHAPES[name]
         wanted = kinds(config, arguments.formats)

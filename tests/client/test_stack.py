@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from nanoinfer.cli import state
 from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.cli.collector import Collector
 from nanoinfer.cli.console import CommandError
-from nanoinfer.cli.stack import Interrupts, Stack, _callable, _Child, _wanted
+from nanoinfer.cli.processes import ServiceProcess, callable_address
+from nanoinfer.cli.stack import Interrupts, Stack, _forward, _wanted
 from nanoinfer.cli.state import Running
 
 from tests.client.fake_gateway import Behaviour, running_gateway
@@ -360,7 +362,7 @@ def test_callers_from_elsewhere_are_not_trusted_with_their_trace(events_file: Pa
     ],
 )
 def test_what_stands_for_every_address_is_called_on_loopback(listened: str, called: str) -> None:
-    assert _callable(listened) == called
+    assert callable_address(listened) == called
 
 
 def environments(path: Path) -> dict[str, dict[str, str]]:
@@ -436,15 +438,20 @@ def test_settings_of_the_services_hold_unless_up_has_a_flag_for_them(
 
 
 def test_a_standard_error_that_nobody_takes_does_not_hold_a_service_up(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def broken(text: str) -> None:
         raise BrokenPipeError("nobody reads")
 
     monkeypatch.setattr(stack_module, "note", broken)
     program = "for _ in range(20_000): print('more than a pipe holds')"
-    child = _Child("engine", [sys.executable, "-c", program], dict(os.environ), forward=True)
-    child.process.wait(60)
-    child._reader.join(60)
+    child = ServiceProcess(
+        "engine",
+        [sys.executable, "-c", program],
+        tmp_path / "port",
+        os.environ,
+        show=partial(_forward, "engine"),
+    )
+    child.await_end(time.monotonic() + 60)
     assert child.process.returncode == 0
-    assert child.lines[-1] == "more than a pipe holds"
+    assert child.tail().endswith("more than a pipe holds")

@@ -193,6 +193,7 @@ async def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
             await call(probe.channel, "unary_unary", b"early")
         error = errors.from_rpc_error(refused.value)
         assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "LOADING")
+        assert error.retry_after == 1.0
         probe.terminate()
         code, _ = await probe.end()
     assert code == 0

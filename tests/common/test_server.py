@@ -38,11 +38,9 @@ async def test_states_and_health_names(probe: Probe) -> None:
     steps = [
         (status.set_stalled, pb.SERVER_STATE_STALLED, "NOT_SERVING"),
         (status.set_serving, pb.SERVER_STATE_SERVING, "SERVING"),
-        (status.set_loading, pb.SERVER_STATE_LOADING, "NOT_SERVING"),
-        (status.set_serving, pb.SERVER_STATE_SERVING, "SERVING"),
         (status.set_draining, pb.SERVER_STATE_DRAINING, "NOT_SERVING"),
         (status.set_serving, pb.SERVER_STATE_DRAINING, "NOT_SERVING"),
-        (status.set_loading, pb.SERVER_STATE_DRAINING, "NOT_SERVING"),
+        (status.set_stalled, pb.SERVER_STATE_DRAINING, "NOT_SERVING"),
     ]
     for change, state, expected in steps:
         change()
@@ -79,7 +77,7 @@ async def test_server_info(probe: Probe) -> None:
     info: Any = probe.channel.unary_unary(f"/{FULL_NAME}/GetServerInfo")
     for change, state in [
         (probe.server.status.set_serving, pb.SERVER_STATE_SERVING),
-        (probe.server.status.set_loading, pb.SERVER_STATE_LOADING),
+        (probe.server.status.set_stalled, pb.SERVER_STATE_STALLED),
         (probe.server.status.set_draining, pb.SERVER_STATE_DRAINING),
     ]:
         change()
@@ -89,16 +87,6 @@ async def test_server_info(probe: Probe) -> None:
         assert server.version == importlib.metadata.version("nanoinfer")
         assert (server.schema_revision, server.min_client_revision) == (1, 1)
         assert server.uptime_ns > 0
-
-
-async def test_requests_are_refused_while_loading(probe: Probe) -> None:
-    probe.server.status.set_loading()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call(probe.channel, "unary_stream", b"x")
-    error = errors.from_rpc_error(caught.value)
-    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "LOADING")
-    assert error.retry_after == 1.0
-    assert probe.service.events == ["start"]
 
 
 async def test_the_service_is_started_drained_and_stopped_once() -> None:

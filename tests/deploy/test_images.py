@@ -14,14 +14,14 @@ from nanoinfer_common.telemetry import FLUSH_SECONDS
 from tests.deploy.offered import settings_of
 from tests.deploy.rendering import ROOT, SERVICES, Rendering, container, pod
 
-IMAGES = ROOT / "deploy" / "images"
+DOCKERFILE = ROOT / "deploy" / "images" / "Dockerfile"
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 PORTS = {"gateway": (50051, 9091), "tokenizer": (50052, 9092), "engine": (50053, 9093)}
 
 
-def stages(service: str) -> dict[str, str]:
+def stages() -> dict[str, str]:
     """The Dockerfile's instructions by stage; comments and the lines before the first are gone."""
-    text = (IMAGES / service / "Dockerfile").read_text()
+    text = DOCKERFILE.read_text()
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     parts = re.split(r"^FROM ", "\n".join(lines), flags=re.MULTILINE)[1:]
     found = {}
@@ -32,9 +32,21 @@ def stages(service: str) -> dict[str, str]:
     return found
 
 
+def chain(stage: str, service: str) -> dict[str, str]:
+    """The stages that a build of `stage` for `service` ships, the last first."""
+    found, whole = {}, stages()
+    while stage in whole:
+        found[stage] = whole[stage]
+        base = whole[stage].partition("\n")[0]
+        stage = service if base == "${SERVICE}" else base
+    return found
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_image_runs_one_service_as_nobody(service: str) -> None:
-    runtime = stages(service)["runtime"]
+    found = chain("service", service)
+    assert list(found) == ["service", service, "runtime"]
+    runtime = found["runtime"] + found[service]
     assert "USER 10001:10001" in runtime
     assert f'ENTRYPOINT ["python", "-m", "nanoinfer_{service}"]' in runtime
     grpc_port, metrics_port = PORTS[service]
@@ -42,13 +54,16 @@ def test_the_image_runs_one_service_as_nobody(service: str) -> None:
     assert "STOPSIGNAL SIGTERM" in runtime
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in runtime
+    assert "ENTRYPOINT" not in found["runtime"]
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_only_the_service_s_own_extra_is_installed(service: str) -> None:
-    found = stages(service)
-    assert f'".[{service}]"' in found["build"]
-    assert ("torch" in found["build"]) is (service == "engine")
+def test_only_the_service_s_own_extra_is_installed() -> None:
+    found = stages()
+    declared = "ARG SERVICE\n"
+    assert declared in DOCKERFILE.read_text().partition("FROM")[0]  # without a default
+    assert '".[$SERVICE]"' in found["build"].partition(declared)[2]
+    (torch,) = (run for run in found["build"].split("\nRUN ") if " torch" in run)
+    assert torch.startswith('if [ "$SERVICE" = engine ]; then')
     for name, body in found.items():
         # Nothing is installed in a stage that ships; what it holds comes from the build stage.
         if name != "build":
@@ -59,19 +74,19 @@ def test_only_the_service_s_own_extra_is_installed(service: str) -> None:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_default_stage_carries_no_model(service: str) -> None:
-    found = stages(service)
-    last = list(found)[-1]
-    assert last == ("runtime" if service == "gateway" else "service")
-    assert "models" not in found[last]
-    if service != "gateway":
-        assert "COPY models/guide /models/model" in found["guide"]
+    last = list(stages())[-1]
+    assert last == "service"
+    assert not any("models" in body for body in chain(last, service).values())
+    found = chain("guide", service)
+    assert list(found) == ["guide", service, "runtime"]
+    assert "COPY models/guide /models/model" in found["guide"]
 
 
 def test_the_user_is_the_manifests(overlays: dict[str, Rendering]) -> None:
     for name, deployment in overlays["cpu"].services():
         context = pod(deployment)["securityContext"]
         user = f"USER {context['runAsUser']}:{context['runAsGroup']}"
-        assert user in stages(name)["runtime"]
+        assert user in chain("service", name)["runtime"]
         assert container(deployment)["image"].split(":")[0] == f"nanoinfer/{name}"
 
 
@@ -82,11 +97,10 @@ def test_the_context_lets_in_what_the_builds_copy() -> None:
     allowed = [line[1:] for line in lines if line.startswith("!")]
     for entry in allowed:
         assert (ROOT / entry).exists(), entry
-    for service in SERVICES:
-        for body in stages(service).values():
-            for match in re.finditer(r"^COPY (?!--from)(.+) \S+$", body, flags=re.MULTILINE):
-                for source in match[1].split():
-                    assert any(entry.startswith(source) for entry in allowed), source
+    for body in stages().values():
+        for match in re.finditer(r"^COPY (?!--from)(.+) \S+$", body, flags=re.MULTILINE):
+            for source in match[1].split():
+                assert any(entry.startswith(source) for entry in allowed), source
 
 
 def test_the_demonstration_model_is_whole() -> None:
@@ -107,8 +121,9 @@ def test_compose_gives_valid_settings(service: str) -> None:
     assert described["read_only"] is True
     assert described["cap_drop"] == ["ALL"]
     build = described["build"]
-    assert (ROOT / "deploy" / build["context"] / build["dockerfile"]).resolve().exists()
-    assert build.get("target", "runtime") in stages(service)
+    assert (ROOT / "deploy" / build["context"] / build["dockerfile"]).resolve() == DOCKERFILE
+    assert build["args"] == {"SERVICE": service}
+    assert build.get("target", "service") in stages()
 
 
 def test_compose_opens_the_gateway_to_this_machine_alone() -> None:

@@ -20,7 +20,7 @@ import yaml
 from tests.deploy.load import Load, Switch, running_load
 from tests.deploy.rendering import K8S, environment
 from tests.e2e.conftest import GUIDE
-from tests.e2e.stack import Service, await_ready, start_service
+from tests.e2e.stack import Service, start_service
 
 NUM_STREAMS = 200
 MAX_TOKENS = 24
@@ -75,7 +75,7 @@ def addresses(ports: list[int]) -> str:
 @contextmanager
 def replaced(load: Load, old: Service, new: Service) -> Iterator[None]:
     """Rolls from `old` to `new` with every stream in flight; then the load must still flow."""
-    await_ready(new)
+    new.await_ready()
     load.await_completed(NUM_STREAMS // 4)
     load.await_flowing(NUM_STREAMS // 2)
     old.terminate()
@@ -96,7 +96,7 @@ def rolled(module: str, fleet: Fleet) -> Load:
     flags = {"nanoinfer_gateway": upstreams}
     first = {name: fleet.start(name, both[0], *flags.get(name, [])) for name, both in ports.items()}
     for service in first.values():
-        await_ready(service)
+        service.await_ready()
     with running_load(f"ipv4:{addresses(gateways)}", NUM_STREAMS, MAX_TOKENS) as load:
         second = fleet.start(module, ports[module][1], *flags.get(module, []))
         with replaced(load, first[module], second):
@@ -119,13 +119,13 @@ def test_clients_behind_one_address_move_on(fleet: Fleet) -> None:
     upstreams = ["--tokenizer", addresses([tokenizer]), "--engine", addresses([engine])]
     old = fleet.start("nanoinfer_gateway", gateways[0], *upstreams)
     for service in (*first, old):
-        await_ready(service)
+        service.await_ready()
     with (
         Switch(old.address) as switch,
         running_load(switch.address, NUM_STREAMS, MAX_TOKENS) as load,
     ):
         new = fleet.start("nanoinfer_gateway", gateways[1], *upstreams)
-        await_ready(new)
+        new.await_ready()
         switch.upstream = new.address
         connections = switch.num_connections
         with replaced(load, old, new):

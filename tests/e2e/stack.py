@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,22 +10,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from nanoinfer import health
+from nanoinfer.cli.processes import ServiceProcess
 
 START_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Service:
-    """A running service: its process, address and where its log goes."""
+class Service(ServiceProcess):
+    """A running service, whose log is a file."""
 
-    process: subprocess.Popen[bytes]
-    address: str
     log: Path
 
     def terminate(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
 
     def wait(self, seconds: float = 60.0) -> int:
         return self.process.wait(timeout=seconds)
@@ -42,21 +37,10 @@ class Service:
 
     def health(self, name: str) -> str:
         """The health name's status, or NOT_FOUND / UNAVAILABLE."""
-        with grpc.insecure_channel(self.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            try:
-                reply = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=2)
-            except grpc.RpcError as error:
-                return str(error.code().name)
-            return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+        return health.check(self.address, name, 2)
 
-
-def await_ready(service: Service, seconds: float = START_SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while service.health("readiness") != "SERVING":
-        if service.process.poll() is not None or time.monotonic() > end:
-            raise AssertionError(f"not ready:\n{service.log.read_text()[-4000:]}")
-        time.sleep(0.1)
+    def await_ready(self) -> None:
+        self.await_start(START_SECONDS)
 
 
 @contextmanager
@@ -70,36 +54,16 @@ def start_service(
     """Runs `python -m module` on a free port; ends it at exit, by force where it must."""
     directory.mkdir(parents=True, exist_ok=True)
     port_file = directory / f"{module}-{time.monotonic_ns()}.port"
+    command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0"]
+    command += ["--metrics-port", "0", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     log = port_file.with_suffix(".log")
-    flags = ["--host", "127.0.0.1", "--port", "0", "--port-file", str(port_file)]
-    flags += ["--metrics-port", "0"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *flags, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        )
+    service = Service(module, command, port_file, variables, log=log)
     try:
-        end = time.monotonic() + START_SECONDS
-        while not (port_file.exists() and port_file.read_text().strip()):
-            if process.poll() is not None or time.monotonic() > end:
-                raise AssertionError(f"{module} did not listen:\n{log.read_text()[-4000:]}")
-            time.sleep(0.05)
-        port = port_file.read_text().split()[-1].rpartition(":")[2]
-        service = Service(process, f"127.0.0.1:{port}", log)
-        if ready:
-            await_ready(service)
+        service.await_start(START_SECONDS, ready=ready)
         yield service
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        service.stop(60)
 
 
 @dataclass(frozen=True)
@@ -132,8 +96,8 @@ def start_stack(
             "nanoinfer_engine", [*arguments, "--threads", "1", *engine_flags], ready=False
         )
         tokenizer = start("nanoinfer_tokenizer", arguments, ready=False)
-        await_ready(tokenizer)
-        await_ready(engine)
+        tokenizer.await_ready()
+        engine.await_ready()
         upstreams = ["--tokenizer", tokenizer.address, "--engine", engine.address]
         gateway = start("nanoinfer_gateway", [*upstreams, *gateway_flags])
         yield Stack(tokenizer, engine, gateway)

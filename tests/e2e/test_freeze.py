@@ -16,7 +16,7 @@ import pytest
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc, generation_pb2
 
 from tests.e2e.conftest import GUIDE
-from tests.e2e.stack import Service, await_ready, start_service
+from tests.e2e.stack import Service, start_service
 
 NUM_TOKENS = 6
 
@@ -46,7 +46,7 @@ def doubles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doubles]:
         engines = start("nanoinfer_engine", engine), start("nanoinfer_engine", engine)
         tokenizers = start("nanoinfer_tokenizer", model), start("nanoinfer_tokenizer", model)
         for service in (*engines, *tokenizers):
-            await_ready(service)
+            service.await_ready()
         flags = ["--engine", ",".join(each.address for each in engines), "--silence-seconds", "2"]
         flags += ["--tokenizer", ",".join(each.address for each in tokenizers)]
         gateway = start("nanoinfer_gateway", flags, ready=True)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from nanoinfer_engine.core.batch import Batch, BatchRow, RowResult, Step
+from nanoinfer_engine.core.batch import Batch, BatchRow, FinishedStep, RowResult, Step
 from nanoinfer_engine.core.config import EngineConfig, ModelConfig, RopeConfig
 from nanoinfer_engine.core.request import (
     Logprob,
     Request,
+    RequestOutput,
     RequestTimes,
     SampledToken,
     SamplingOptions,
     StoppingOptions,
 )
+from nanoinfer_engine.core.stream import Stream
 
 VOCAB_SIZE = 1000
 EOS = 2
@@ -44,6 +46,12 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, seed: int = 0) -> li
     for _ in range(num_tokens):
         context.append(next_token(context, seed))
     return context[len(prompt) :]
+
+
+async def pieces(stream: Stream) -> AsyncIterator[list[RequestOutput]]:
+    """What piles up in a stream, taken at once each time."""
+    while await stream.wait():
+        yield stream.take()
 
 
 class FakeRunner:
@@ -105,7 +113,7 @@ class FakeRunner:
     runs_ahead = False
 
     def launch(self, batch: Batch) -> Step:
-        raise AssertionError("a runner that does not run ahead is executed")
+        return FinishedStep(self.execute(batch))
 
     def execute(self, batch: Batch) -> list[RowResult]:
         self.batches.append(batch)

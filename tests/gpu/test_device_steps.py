@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ pytestmark = [
 ]
 
 MAX_ROWS, MAX_TOKENS, MAX_MODEL_LEN, NUM_BLOCKS = 4, 40, 64, 8
+CONFIG = EngineConfig(
+    Path("model"),
+    max_batch_tokens=MAX_TOKENS,
+    max_batch_requests=MAX_ROWS,
+    block_size=BLOCK_SIZE,
+)
 NUM_TOKENS = 3
 DRAWN = SamplingOptions(0.9, 30, 0.95, 0.0, 5)
 COUNTED = SamplingOptions(0.0, 0, 1.0, 0.0, 0, presence_penalty=1.5, num_logprobs=2)
@@ -60,14 +66,11 @@ def make_steps(
         steps = device_steps.DeviceSteps(
             made.model,
             made.ops,
-            VOCAB_SIZE,
-            BLOCK_SIZE,
-            MAX_ROWS,
-            MAX_TOKENS,
+            replace(CONFIG, mixed_graphs=mixed_graphs),
             MAX_MODEL_LEN,
+            VOCAB_SIZE,
             device,
             rank,
-            mixed_graphs,
         )
         steps.prepare()
     return steps
@@ -81,13 +84,7 @@ def serve(steps: Any, options: list[SamplingOptions]) -> Served:
         def launch(self, batch: Batch) -> Step:
             return steps.launch(batch)  # type: ignore[no-any-return]
 
-    config = EngineConfig(
-        Path("model"),
-        max_batch_tokens=MAX_TOKENS,
-        max_batch_requests=MAX_ROWS,
-        block_size=BLOCK_SIZE,
-    )
-    scheduler = Scheduler(config, Capacity(MAX_MODEL_LEN, NUM_BLOCKS * BLOCK_SIZE))
+    scheduler = Scheduler(CONFIG, Capacity(MAX_MODEL_LEN, NUM_BLOCKS * BLOCK_SIZE))
     pipeline = Pipeline(Runner())  # type: ignore[arg-type]
     source = random.Random(3)
     stopping = StoppingOptions(NUM_TOKENS, 0, frozenset(), frozenset(), False)

@@ -123,7 +123,7 @@ def eager_logits(runner: ModelRunner, batches: Sequence[Batch]) -> list[torch.Te
         patch.setattr(steps.graphs, "can_replay", lambda _: False)
         patch.setattr(steps.mixed_graphs, "size", lambda *_: None)
         for batch in batches:
-            runner.execute(batch)
+            runner.launch(batch).results()
     return [each.double().cpu() for each in seen]
 
 

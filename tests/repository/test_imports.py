@@ -39,7 +39,6 @@ ALLOWED = {
         "triton",
         "numpy",
         "safetensors",
-        "psutil",
         "tqdm",
         *SERVICE,
     },
@@ -68,12 +67,12 @@ def test_rooms_import_only_what_is_listed(room: str) -> None:
     assert foreign == set()
 
 
-def test_the_engines_policy_is_torch_free() -> None:
+def test_the_engines_policy_is_free_of_torch_and_of_the_settings_library() -> None:
     models = (ENGINE / "models" / name for name in ("families.py", "model_config.py"))
     files = [*(ENGINE / "core").rglob("*.py"), *models]
     assert len(files) > 10
     for path in files:
-        assert "torch" not in set(imported(path)), path
+        assert not {"torch", "pydantic", "pydantic_settings"} & set(imported(path)), path
 
 
 def modules(path: Path) -> Iterator[str]:

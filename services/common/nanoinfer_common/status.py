@@ -54,10 +54,6 @@ class ServiceStatus:
             state=self._state,
         )
 
-    def set_loading(self) -> None:
-        """Not ready, or not ready again: requests are refused with UNAVAILABLE."""
-        self._change(pb.SERVER_STATE_LOADING)
-
     def set_serving(self) -> None:
         """Ready."""
         self._change(pb.SERVER_STATE_SERVING)

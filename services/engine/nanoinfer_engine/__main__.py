@@ -29,9 +29,11 @@ def main() -> int:
 
 
 def _service(settings: EngineSettings, status: ServiceStatus) -> EngineService:
+    model = settings.engine_config().model_path
+
     def lost(error: Exception) -> None:
         is_refusal = isinstance(error, REFUSALS)
-        status.fail(StartError(f"{settings.model}: {error}") if is_refusal else error)
+        status.fail(StartError(f"{model}: {error}") if is_refusal else error)
 
     def load_runner(config: EngineConfig, progress: Progress) -> Runner:
         if config.tensor_parallel == 1:

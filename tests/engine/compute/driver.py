@@ -122,7 +122,7 @@ def run(runner: ModelRunner, jobs: Sequence[Job], seed: int = 0) -> None:
         if not live:
             continue
         rows = [job.row(runner.block_size) for job in live]
-        results = runner.execute(Batch(tuple(rows)))
+        results = runner.launch(Batch(tuple(rows))).results()
         for job, row, result in zip(live, rows, results, strict=True):
             job.computed = row.context_length
             if row.samples:

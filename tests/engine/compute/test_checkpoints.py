@@ -533,7 +533,7 @@ def test_execution_with_bad_row_leaves_the_others(qwen3: Path) -> None:
     runner = make_runner(qwen3)
     good = BatchRow(TOKENS, 0, tuple(range(6)), True, GREEDY)
     bad = BatchRow(TOKENS, 0, tuple(range(6, 12)), True, GREEDY, frozenset({10**6}))
-    (expected,) = runner.execute(Batch((good,)))
-    results = runner.execute(Batch((bad, good)))
+    (expected,) = runner.launch(Batch((good,))).results()
+    results = runner.launch(Batch((bad, good))).results()
     assert isinstance(results[0], Exception)
     assert results[1] == expected

@@ -65,9 +65,9 @@ def test_prompt_logprobs_are_those_of_transformers(kind: str, chunk: int, tmp_pa
         stop = min(start + chunk, len(prompt))
         # another row before it, so that its hidden states do not lie at the beginning
         other = BatchRow((1, 2, 3), 0, (40,), True, GREEDY)
-        plain, result = runner.execute(
+        plain, result = runner.launch(
             Batch((other, scored_row(prompt, start, stop, blocks[: -(-stop // 8)])))
-        )
+        ).results()
         assert isinstance(plain, SampledToken)
         if start == len(prompt) - 1:
             assert isinstance(result, SampledToken)  # nothing of the prompt follows the last id

@@ -149,7 +149,7 @@ def logits_of(
                 BatchRow(prompts[i][a:b], a, blocks[i][: -(-b // 8)], True, sampling)
                 for i, a, b in step
             ]
-            results += runner.execute(Batch(tuple(rows)))
+            results += runner.launch(Batch(tuple(rows))).results()
         answers.append((torch.cat(seen).clone(), results))
     return answers
 
@@ -219,7 +219,7 @@ def assert_same(
             tokens = (*prompt, *(b for _, b in pairs[:place]))
             options = replace(GREEDY, num_logprobs=2)
             blocks = tuple(range(-(-len(tokens) // one.block_size)))
-            (result,) = one.execute(Batch((BatchRow(tokens, 0, blocks, True, options),)))
+            (result,) = one.launch(Batch((BatchRow(tokens, 0, blocks, True, options),))).results()
             assert isinstance(result, SampledToken)
             assert result.top[0].logprob - result.top[1].logprob < TIE
 

@@ -34,10 +34,10 @@ def test_a_rank_that_dies_loses_the_model() -> None:
     try:
         (process,) = runner._peers._processes
         batch = Batch((BatchRow((5, 6, 7), 0, (0,), True, GREEDY),))
-        assert isinstance(runner.execute(batch)[0], SampledToken)
+        assert isinstance(runner.launch(batch).results()[0], SampledToken)
         process.kill()
         with pytest.raises(RankError, match="rank 1 has ended with exit code -9") as caught:
-            runner.execute(batch)
+            runner.launch(batch).results()
         assert is_device_error(caught.value)
         assert is_told.wait(60)
         assert "rank 1" in str(told[0])

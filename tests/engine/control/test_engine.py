@@ -29,6 +29,7 @@ from tests.engine.fakes import (
     expected_tokens,
     make_config,
     make_request,
+    pieces,
 )
 
 
@@ -70,7 +71,7 @@ async def serving(
 
 
 async def collect(stream: Stream) -> list[RequestOutput]:
-    return [output async for outputs in stream for output in outputs]
+    return [output async for outputs in pieces(stream) for output in outputs]
 
 
 def tokens(outputs: list[RequestOutput]) -> list[int]:
@@ -109,13 +110,13 @@ async def test_completions_of_one_request_arrive_in_one_stream() -> None:
 async def test_closing_a_stream_frees_its_blocks_within_one_step() -> None:
     async with serving(FakeRunner(step_seconds=0.01)) as harness:
         stream = harness.engine.submit([make_request(max_tokens=200)])
-        await anext(stream)
+        assert await stream.wait()
         num_steps = len(harness.runner.batches)
         stream.close()
         await harness.idle()
         assert len(harness.runner.batches) <= num_steps + 2
         assert harness.engine.statistics.finished[FinishReason.CANCELLED] == 1
-        assert [outputs async for outputs in stream] == []
+        assert not await stream.wait()
 
 
 async def test_cancel_before_the_engine_saw_the_request() -> None:
@@ -291,7 +292,7 @@ async def test_health_says_that_the_device_is_lost_before_any_stream_does() -> N
     async with serving() as harness:
         ended_before: list[bool] = []
         stream = harness.engine.submit([make_request(max_tokens=200)])
-        await anext(stream)
+        assert await stream.wait()
         harness.listener.lost = lambda error: ended_before.append(  # type: ignore[method-assign]
             not stream.is_live
         )
@@ -344,7 +345,7 @@ async def test_a_slow_reader_that_catches_up_is_left_alone() -> None:
     async with serving(FakeRunner(step_seconds=0.002), patience) as harness:
         stream = harness.engine.submit([make_request(max_tokens=150)])
         seen: list[RequestOutput] = []
-        async for outputs in stream:
+        async for outputs in pieces(stream):
             seen += outputs
             await asyncio.sleep(0.05)
         assert seen[-1].finish_reason is FinishReason.LENGTH
@@ -389,7 +390,7 @@ async def test_stopping_ends_open_streams() -> None:
     harness = Harness(FakeRunner(step_seconds=0.01), None)
     await harness.engine.start()
     stream = harness.engine.submit([make_request(max_tokens=250)])
-    await anext(stream)
+    assert await stream.wait()
     await harness.engine.stop()
     assert isinstance((await collect(stream))[-1].error, DrainingError)
 

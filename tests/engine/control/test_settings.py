@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nanoinfer_common.config import parse_settings
-from nanoinfer_engine.core.config import CheckpointError
+from nanoinfer_engine.core.config import CheckpointError, EngineConfig
+from nanoinfer_engine.core.settings import flag_of, setting_of
+from nanoinfer_engine.core.watchdog import Patience
 from nanoinfer_engine.server.settings import EngineSettings
 from nanoinfer_engine.weights.generation_config import SamplingDefaults, read_sampling_defaults
 
@@ -47,6 +51,65 @@ def test_flags_become_the_core_configuration(tmp_path: Path) -> None:
     whole = parse("--model", str(tmp_path / "Llama-3.1-8B-Instruct"))
     assert whole.served_name == "Llama-3.1-8B-Instruct"
     assert parse("--model", "a", "--model-name", "x").served_name == "x"
+
+
+def another_value(declared: Field[Any]) -> Any:
+    """A value within the bounds that is no default of the field's."""
+    described = setting_of(declared)
+    if isinstance(declared.default, bool):
+        return not declared.default
+    if described.choices:
+        return next(choice for choice in described.choices if choice != declared.default)
+    if declared.default is MISSING or isinstance(declared.default, str):
+        return {"model": Path("another"), "device": "cuda"}[flag_of(declared)]
+    if described.gt is not None and described.le is not None:
+        return described.le
+    # above what a step's rows need at least, of tokens that a step has at most
+    return 257 if described.le is None or described.le > 257 else described.le
+
+
+def flags(name: str, value: object) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    return (
+        [flag] if value is True else [f"--no-{flag[2:]}"] if value is False else [flag, f"{value}"]
+    )
+
+
+def values_in_the_core(*arguments: str) -> dict[str, Any]:
+    settings = parse("--model", "a", *arguments)
+    return asdict(settings.engine_config()) | asdict(settings.patience())
+
+
+@pytest.mark.parametrize("declared", [*fields(EngineConfig), *fields(Patience)], ids=flag_of)
+def test_each_field_of_the_core_is_a_flag_that_arrives_there(declared: Field[Any]) -> None:
+    name, value = flag_of(declared), another_value(declared)
+    assert setting_of(declared).help == EngineSettings.model_fields[name].description
+    assert values_in_the_core(*flags(name, value))[declared.name] == value
+    assert values_in_the_core()[declared.name] != value
+
+
+def test_the_core_built_directly_has_the_defaults_of_the_service() -> None:
+    assert parse("--model", "a").engine_config() == EngineConfig(Path("a"))
+    assert parse("--model", "a").patience() == Patience()
+
+
+def test_defaults_follow_the_device() -> None:
+    def of(*flags: str) -> dict[str, Any]:
+        config = parse("--model", "a", "--device", "cuda:1", *flags).engine_config()
+        followed = [f.name for f in fields(config) if setting_of(f).follows_device]
+        return {name: getattr(config, name) for name in followed}
+
+    assert of() == {
+        "kv_cache_bytes": None,
+        "max_batch_tokens": 8192,
+        "max_batch_requests": 256,
+        "max_mixed_tokens": 2048,
+    }
+    given = of(
+        "--kv-cache-memory", "1GiB", "--max-batch-requests", "32", "--max-mixed-tokens", "99"
+    )
+    assert (given["kv_cache_bytes"], given["max_batch_requests"]) == (1024**3, 32)
+    assert given["max_mixed_tokens"] == 99
 
 
 def test_what_streams_leave_to_prompts_follows_the_device() -> None:

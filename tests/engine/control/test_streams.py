@@ -17,7 +17,7 @@ from nanoinfer_engine.core.request import (
 from nanoinfer_engine.core.stream import MAX_TAKEN_BYTES, Stream, Streams, memory_of
 from nanoinfer_engine.core.watchdog import Patience
 
-from tests.engine.fakes import make_request
+from tests.engine.fakes import make_request, pieces
 
 SLOW = 0.01  # messages a second: nobody is woken a second time while a test runs
 
@@ -250,7 +250,7 @@ async def test_the_stream_with_most_unread_bytes_is_ended_beyond_the_bound_of_al
     assert large.num_buffered_bytes == 0
     streams.deliver([scored(two, 9, 20)])  # computed before the engine knew
     streams.deliver([RequestOutput(two, finish_reason=FinishReason.ERROR, error=error)])
-    found = [output async for part in large for output in part]
+    found = [output async for part in pieces(large) for output in part]
     assert found[0].error is error
     assert not any(output.tokens for output in found)
     # What has ended holds bytes, too, and its reader learns that they are gone.

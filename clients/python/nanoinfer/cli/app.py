@@ -30,7 +30,7 @@ app = typer.Typer(
 # what tells that an extra is not installed
 _EXTRAS = {
     "tokenizer": ("tiktoken", "tokenizers", "jinja2"),
-    "engine": ("torch", "numpy", "safetensors", "psutil"),
+    "engine": ("torch", "numpy", "safetensors"),
     "all": ("opentelemetry.sdk", "opentelemetry.proto", "opentelemetry.exporter"),
     "gateway": ("grpc_health", "pydantic_settings", "structlog", "prometheus_client"),
 }

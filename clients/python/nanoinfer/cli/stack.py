@@ -9,37 +9,30 @@ import ipaddress
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import typer
 
-from nanoinfer import health
 from nanoinfer.cli.arguments import Ports, StackSettings
 from nanoinfer.cli.collector import Collector
 from nanoinfer.cli.console import CommandError, Progress, note, show
 from nanoinfer.cli.environment import exports_elsewhere, service_environment, unused_variables
+from nanoinfer.cli.processes import POLL_SECONDS, ServiceProcess
 from nanoinfer.cli.state import Running, published
 
-POLL_SECONDS = 0.05
-CHECK_SECONDS = 1.0
 STOP_SECONDS = 40.0  # longer than the services' own drain
 REFUSAL_SECONDS = 10.0  # the engine, which knows the model best, takes longest to look at it
-NUM_SHOWN_LINES = 20
 TERMINATED = 143
 SERVICES = ("gateway", "tokenizer", "engine")
 LOOPBACK = "127.0.0.1"
-# listened on, they mean every address; this machine's own is the one to call
-_EVERYWHERE = {"0.0.0.0": LOOPBACK, "[::]": "[::1]"}
 # asks Linux to end this process with its parent (prctl PR_SET_PDEATHSIG), then becomes the service
 _TIED = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, int(signal.SIGTERM));"
@@ -91,69 +84,6 @@ class Interrupts:
             raise typer.Exit(TERMINATED)
 
 
-class _Child:
-    """One service's process and its newest log lines, shown as they come where `forward` is set."""
-
-    def __init__(
-        self, name: str, command: Sequence[str], environment: dict[str, str], forward: bool
-    ) -> None:
-        self.name = name
-        self.ready = False
-        self.lines: deque[str] = deque(maxlen=NUM_SHOWN_LINES)
-        self._forward = forward
-        tie = (sys.executable, "-ISc", _TIED) if sys.platform == "linux" else ()
-        self.process = subprocess.Popen(
-            [*tie, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            process_group=0,
-            text=True,
-            errors="replace",
-        )
-        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
-        self._reader.start()
-
-    def _read(self, output: Any) -> None:
-        with output:
-            for line in output:
-                self.lines.append(line.rstrip("\n"))
-                if self._forward:
-                    # a standard error that nobody takes must not fill the service's pipe
-                    with suppress(OSError, ValueError):
-                        note(f"{self.name} | {self.lines[-1]}")
-
-    def look(self, directory: Path, addresses: dict[str, str]) -> None:
-        """Notes its address once it listens, and whether it is ready."""
-        port_file = directory / self.name
-        text = port_file.read_text() if port_file.exists() else ""
-        if text.endswith("\n") and not self.ready:
-            address = addresses[self.name] = _callable(text.split()[-1])
-            self.ready = health.check(address, health.READINESS, CHECK_SECONDS) == "SERVING"
-
-    def check(self) -> None:
-        """Raises CommandError with the last log lines where the process has ended."""
-        if (said := self.last_words()) is not None:
-            raise CommandError(said)
-
-    def last_words(self) -> str | None:
-        """How the process has ended, with its last log lines; None while it runs."""
-        if (code := self.process.poll()) is None:
-            return None
-        self._reader.join(1.0)
-        tail = "".join(f"\n  {line}" for line in self.lines)
-        return f"the {self.name} ended with exit code {code}:{tail}"
-
-    def wait(self, end: float, interrupts: Interrupts) -> None:
-        """Waits for its end; kills it at `end` or at a second signal."""
-        while self.process.poll() is None:
-            if time.monotonic() > end or len(interrupts.received) > 1:
-                self.process.kill()
-            time.sleep(POLL_SECONDS)
-        self._reader.join(1.0)
-
-
 class Stack:
     """The three services, ready inside the `with` block and gone after it.
 
@@ -176,7 +106,7 @@ class Stack:
         self._interrupts = interrupts
         self._ports = ports
         self._keep_export = keep_export
-        self._children: dict[str, _Child] = {}
+        self._children: dict[str, ServiceProcess] = {}
         self._collector: Collector | None = None
         for host, port in _wanted(ports):
             _check_free(host, port)
@@ -214,7 +144,7 @@ class Stack:
                     child.process.terminate()
                 end = time.monotonic() + STOP_SECONDS
                 for child in children:
-                    child.wait(end, self._interrupts)
+                    child.await_end(end, lambda: len(self._interrupts.received) > 1)
         if self._collector is not None:
             self._collector.__exit__()
 
@@ -227,37 +157,38 @@ class Stack:
         threads = [] if settings.threads is None else ["--threads", str(settings.threads)]
         self._spawn("tokenizer", directory, model)
         self._spawn("engine", directory, [*model, *threads])
-        addresses: dict[str, str] = {}
-        while not all(child.ready for child in self._children.values()):
-            self._tick(end, progress, directory)
-            for child in self._children.values():
-                child.look(directory, addresses)
-            if len(addresses) == 2 and "gateway" not in self._children:
-                upstreams = [w for name in addresses for w in (f"--{name}", addresses[name])]
+        while not all(child.is_ready for child in self._children.values()):
+            self._tick(end, progress)
+            children = self._children.values()
+            for child in children:
+                child.look()
+            if "gateway" not in self._children and all(child.address for child in children):
+                upstreams = [w for child in children for w in (f"--{child.name}", child.address)]
                 self._spawn("gateway", directory, upstreams)
         collector = None if self._collector is None else self._collector.address
-        self.running = Running(addresses["gateway"], collector, os.getpid())
+        self.running = Running(self._children["gateway"].address, collector, os.getpid())
 
-    def _refusals(self, directory: Path) -> str:
+    def _refusals(self) -> str:
         """What all services said that have ended, the engine first, for which is waited a while.
 
         A model that is none lets the tokenizer fail at once, for a reason that misleads.
         """
         engine = self._children["engine"]
         end = time.monotonic() + REFUSAL_SECONDS
-        while not engine.ready and engine.last_words() is None and time.monotonic() < end:
+        while not engine.is_ready and engine.last_words() is None and time.monotonic() < end:
             self._interrupts.check()
             time.sleep(POLL_SECONDS)
-            engine.look(directory, {})
+            engine.look()
         words = [child.last_words() for child in reversed(self._children.values())]
         return "\n".join(each for each in words if each is not None)
 
-    def _tick(self, end: float, progress: Progress, directory: Path) -> None:
+    def _tick(self, end: float, progress: Progress) -> None:
         try:
             self.check()
         except CommandError as error:
-            raise CommandError(self._refusals(directory)) from error
-        states = [f"{c.name} {'ready' if c.ready else 'loading'}" for c in self._children.values()]
+            raise CommandError(self._refusals()) from error
+        children = self._children.values()
+        states = [f"{each.name} {'ready' if each.is_ready else 'loading'}" for each in children]
         progress.say(f"starting: {', '.join(states)}")
         if time.monotonic() > end:
             seconds = self._settings.start_timeout
@@ -278,14 +209,22 @@ class Stack:
             common += ["--log-format", "console"]
         if _is_loopback(host) and "NANOINFER_TRUST_INCOMING_TRACE" not in os.environ:
             common += ["--trust-incoming-trace"]  # all callers are on this machine
-        common += ["--port-file", str(directory / name)]
-        whole = [*command, *common, *flags]
-        forward = settings.log_level is not None
-        self._children[name] = _Child(name, whole, self._environment(), forward)
+        tie = (sys.executable, "-ISc", _TIED) if sys.platform == "linux" else ()
+        whole = [*tie, *command, *common, *flags]
+        show = None if settings.log_level is None else partial(_forward, name)
+        self._children[name] = ServiceProcess(
+            name, whole, directory / name, self._environment(), show=show
+        )
 
     def _environment(self) -> dict[str, str]:
         collector = None if self._collector is None else self._collector.address
         return service_environment(collector, complete=not self._keep_export)
+
+
+def _forward(name: str, line: str) -> None:
+    """Shows a log line; a standard error that nobody takes must not fill the service's pipe."""
+    with suppress(OSError, ValueError):
+        note(f"{name} | {line}")
 
 
 def _wanted(ports: Ports) -> Iterator[tuple[str, int]]:
@@ -310,12 +249,6 @@ def _check_free(host: str, port: int) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise CommandError(f"cannot listen on port {port} of {host}: {reason}") from error
-
-
-def _callable(address: str) -> str:
-    """An address that can be called, where one that is listened on stands for all."""
-    host, _, port = address.rpartition(":")
-    return f"{_EVERYWHERE.get(host, host)}:{port}"
 
 
 def _is_loopback(host: str) -> bool:

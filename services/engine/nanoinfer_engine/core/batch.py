@@ -155,9 +155,6 @@ class Runner(Protocol):
     def vocab_size(self) -> int:
         """Ids the model accepts and produces lie below it."""
 
-    def execute(self, batch: Batch) -> list[RowResult]:
-        """Run one step; what it raises concerns the whole batch."""
-
     @property
     def runs_ahead(self) -> bool:
         """Whether `launch` returns before the step has run, so that the next can be planned."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from nanoinfer_engine.core.settings import described, setting, setting_of
 
 WeightFormat = Literal["none", "fp8", "int8"]
 """Names of the formats in which the layers' weights may be kept; `ops.linear` has one for each."""
@@ -25,44 +27,108 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine's core needs to know; built once by the entry point.
+    """Settings of the engine's core, declared here alone: each field is a flag of the service.
 
-    `kv_cache_bytes` is the memory budget from which the number of blocks follows; None, on a CUDA
-    device alone, takes what a trial of the largest step leaves of `device_memory_share`, the share
-    of the device's memory that the engine may use. `block_size` is in tokens. `max_batch_tokens`
-    and `max_batch_requests` bound one step, `max_mixed_tokens` one in which somebody decodes (None:
-    no further), `max_waiting_requests`, `max_waiting_tokens` (prompt tokens) and
-    `max_waiting_bytes` the queue; `max_queue_seconds` how long a request may wait to
-    start, None for as long as its deadline. `prefix_caching` keeps full blocks for later prompts.
-    `max_model_len` None means what the model allows. `dtype` "auto" is the checkpoint's own on a
-    CUDA device and float32 elsewhere, see `number_formats`. `quantization` is the format of the
-    layers' weights; `kv_cache_dtype` "fp8" keeps the cache in 8 bits, "auto" in `dtype`. With
-    `tensor_parallel` above 1 so many devices share the model, and memory is what each of them has.
-    With `mixed_graphs` small steps with prompts are captured on one CUDA device, not decodes alone.
-    `max_messages_per_second` bounds what all streams send, besides first and last outputs.
+    `from_settings` builds it of the values that an operator gave. Built directly, a field that is
+    left out takes its default on a CPU.
     """
 
-    model_path: Path
-    device: str = "cpu"
-    dtype: str = "float32"
-    num_threads: int | None = None
-    kv_cache_bytes: int | None = 256 * 1024 * 1024
-    device_memory_share: float = 0.9
-    block_size: int = 16
-    max_model_len: int | None = None
-    max_batch_tokens: int = 512
-    max_batch_requests: int = 64
-    max_mixed_tokens: int | None = None
-    max_waiting_requests: int = 256
-    max_waiting_tokens: int = 1_000_000
-    max_waiting_bytes: int = 64 * 1024 * 1024
-    max_queue_seconds: float | None = None
-    prefix_caching: bool = True
-    quantization: WeightFormat = "none"
-    kv_cache_dtype: str = "auto"
-    tensor_parallel: int = 1
-    mixed_graphs: bool = True
-    max_messages_per_second: int = 5000
+    model_path: Path = field(
+        metadata=described("Model directory, or a .pt checkpoint.", flag="model")
+    )
+    device: str = setting("cpu", "Device to run on: `cpu`, or `cuda` with Triton.")
+    dtype: str = setting(
+        "auto",
+        "Number format of the computation. On CUDA `auto` is the checkpoint's own: float16 or"
+        " bfloat16, and bfloat16 for a float32 one; on a CPU it is float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str = setting(
+        "none",
+        "Format of the layers' weights: "
+        + "; ".join(f"`{name}`, {meaning}" for name, meaning in WEIGHT_FORMATS.items())
+        + ".",
+        choices=tuple(WEIGHT_FORMATS),
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Number format of the KV cache; `fp8` holds twice the tokens.",
+        choices=("auto", "fp8"),
+    )
+    tensor_parallel: int = setting(
+        1, "Devices that share the model; threads and memory are each one's.", ge=1
+    )
+    num_threads: int | None = setting(
+        None,
+        "Threads of a step on the CPU; as many as affinity and the control group's CPU quota"
+        " allow.",
+        flag="threads",
+        ge=1,
+        le=1024,
+    )
+    kv_cache_bytes: int | None = setting(
+        256 * 1024**2,
+        "Memory for the KV cache; 256MiB, or on CUDA what is left of the device's.",
+        flag="kv_cache_memory",
+        in_bytes=True,
+        gt=0,
+        on_cuda=None,
+    )
+    device_memory_share: float = setting(
+        0.9, "Share of a CUDA device to use, without kv_cache_memory.", gt=0, le=1
+    )
+    block_size: int = setting(16, "Tokens per block of the KV cache.", ge=1, le=1024)
+    max_model_len: int | None = setting(
+        None, "Most tokens of prompt and completion; what the model allows.", ge=2
+    )
+    max_batch_tokens: int = setting(
+        512, "Most tokens computed in one step; 8192 on CUDA, else 512.", ge=1, on_cuda=8192
+    )
+    max_batch_requests: int = setting(
+        64, "Most completions in one step; 256 on CUDA, else 64.", ge=1, on_cuda=256
+    )
+    max_mixed_tokens: int | None = setting(
+        None,
+        "Most tokens of a step in which somebody decodes: the smaller, the steadier are streams"
+        " beside long prompts; 2048 on CUDA, else max_batch_tokens.",
+        ge=1,
+        on_cuda=2048,
+    )
+    max_waiting_requests: int = setting(256, "Most completions in the queue.", ge=1)
+    max_waiting_tokens: int = setting(1_000_000, "Most prompt tokens in the queue.", ge=1)
+    max_waiting_bytes: int = setting(
+        64 * 1024**2, "Most memory of the requests in the queue.", in_bytes=True, gt=0
+    )
+    max_queue_seconds: float | None = setting(
+        None, "Longest wait for a first step; `none` leaves it to the deadline.", gt=0
+    )
+    prefix_caching: bool = setting(
+        True, "Reuse the KV cache of prompts that begin alike, within a tenant."
+    )
+    mixed_graphs: bool = setting(
+        True, "On one CUDA device small steps with prompts run as graphs, too."
+    )
+    max_messages_per_second: int = setting(
+        5000,
+        "Most messages sent in a second, all streams together, besides their first and last:"
+        " with more tokens than that, several share one.",
+        ge=1,
+    )
+
+    @classmethod
+    def from_settings(cls, given: Mapping[str, Any]) -> EngineConfig:
+        """Configuration of values by field; None leaves a field to its default on the device."""
+        values = {name: value for name, value in given.items() if value is not None}
+        if not str(values.get("device", "")).startswith("cuda"):
+            return cls(**values)
+        declared = {each.name: setting_of(each) for each in fields(cls)}
+        defaults = {n: each.on_cuda for n, each in declared.items() if each.follows_device}
+        config = cls(**(defaults | values))
+        if "max_mixed_tokens" in values:
+            return config
+        # a default gives way to what is asked for beside it
+        mixed = max(defaults["max_mixed_tokens"], config.max_batch_requests)
+        return replace(config, max_mixed_tokens=min(mixed, config.max_batch_tokens))
 
     @property
     def number_format(self) -> str:

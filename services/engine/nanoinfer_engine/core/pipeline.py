@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nanoinfer_engine.core.batch import Batch, EndedStep, FinishedStep, Runner, Step, StepTiming
+from nanoinfer_engine.core.batch import Batch, EndedStep, Runner, Step, StepTiming
 
 _SECONDS = 1e-9
 
@@ -68,8 +68,7 @@ class Pipeline:
     def _launch(self, batch: Batch) -> _Launched:
         runner, follows, began = self._runner, self._follows, self._clock()
         self._follows = True
-        step = runner.launch(batch) if runner.runs_ahead else FinishedStep(runner.execute(batch))
-        return _Launched(batch, step, began, self._clock(), follows)
+        return _Launched(batch, runner.launch(batch), began, self._clock(), follows)
 
     def _end(self, launched: _Launched) -> EndedStep:
         reading = self._clock()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from nanoinfer_engine.core.errors import StalledReaderError
@@ -60,10 +60,10 @@ def memory_of(output: RequestOutput) -> int:
 
 
 class Stream:
-    """An async iterator of lists of outputs, each as much as has piled up; `close` cancels.
+    """Outputs of one client's requests: `wait` for some, `take` what has piled up, or `close`.
 
-    After the last output of its last request the iteration ends. A reader that wants to pause
-    between knowing and taking calls `wait` and `take` itself.
+    `wait` says False once the last output of the last request was taken. A reader may pause between
+    the two.
     """
 
     def __init__(
@@ -181,20 +181,6 @@ class Stream:
             self._unread.streams.add(self)
         else:
             self._unread.streams.discard(self)
-
-    async def aclose(self) -> None:
-        """Close, as an async generator would."""
-        self.close()
-
-    def __aiter__(self) -> AsyncIterator[list[RequestOutput]]:
-        """Iterate over what piles up."""
-        return self
-
-    async def __anext__(self) -> list[RequestOutput]:
-        """Everything that arrived since the call before; waits if that is nothing."""
-        if self._closed or not await self.wait():
-            raise StopAsyncIteration
-        return self.take()
 
 
 class Streams:

@@ -12,22 +12,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from nanoinfer_engine.core.settings import setting
+
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long the engine waits before it calls something stalled.
+    """Settings of how long the engine waits for steps and readers; each field is a flag."""
 
-    `step_seconds` without a finished step while there is work makes the engine stalled. A stream
-    with more than `buffered_tokens` unread tokens for `reader_seconds` is ended. Where all streams
-    together hold more than `buffered_bytes` unread, the one that holds most is ended at once.
-    """
-
-    step_seconds: float = 60.0
-    reader_seconds: float = 30.0
-    buffered_tokens: int = 4096
-    buffered_bytes: int = 256 * 1024**2
+    step_seconds: float = setting(
+        60.0,
+        "Time without a finished step after which the engine reports NOT_SERVING.",
+        flag="stall_seconds",
+        gt=0,
+    )
+    reader_seconds: float = setting(
+        30.0,
+        "Time after which a client that does not read loses its stream.",
+        flag="reader_stall_seconds",
+        gt=0,
+    )
+    buffered_tokens: int = setting(
+        4096,
+        "Unread tokens of a stream from which that time counts.",
+        flag="max_buffered_tokens",
+        ge=1,
+    )
+    buffered_bytes: int = setting(
+        256 * 1024**2,
+        "Most memory of unread tokens and log-probabilities of all streams; beyond it the"
+        " stream with the most loses its client. Raise it where many score long prompts.",
+        flag="max_buffered_bytes",
+        in_bytes=True,
+        gt=0,
+    )
 
 
 class Listener(Protocol):

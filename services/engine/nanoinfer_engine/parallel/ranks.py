@@ -73,12 +73,8 @@ class ParallelRunner:
         """Whether `launch` returns before the step has run."""
         return self._runner.runs_ahead
 
-    def execute(self, batch: Batch) -> list[RowResult]:
-        """Run one step on every rank; RankError where any fails."""
-        return self.launch(batch).results()
-
     def launch(self, batch: Batch) -> Step:
-        """Begin a step on every rank."""
+        """Begin a step on every rank; RankError, here or for its results, where any fails."""
         with self._peers.watched():
             self._peers.send(batch)
             return _WatchedStep(self._runner.launch(batch), self._peers)

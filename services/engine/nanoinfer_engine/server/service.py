@@ -72,14 +72,14 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self._model: ServedModel | None = None
         self._num_blocks = 0
         self._slots = WriteSlots()
-        self._writer = StreamWriter(settings.reader_stall_seconds)
-        config = settings.engine_config()
+        config, patience = settings.engine_config(), settings.patience()
+        self._writer = StreamWriter(patience.reader_seconds)
         self._engine = Engine(
             config,
             load_runner=lambda: load_runner(config, show_loading(settings.log_format)),
             make_statistics=make_statistics,
             listener=self,
-            patience=settings.patience(),
+            patience=patience,
             start_task=lambda name, work: tasks.keep_running(name, work, status.set_fault),
         )
         self.registry.register(EngineCollector(settings.metrics_prefix, self._facts))
@@ -90,15 +90,16 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     async def start(self) -> None:
         """Load the model; raises StartError where it cannot be served."""
-        log.info("loading", model=str(self._settings.model))
-        if reason := unservable(self._settings.model):
-            raise StartError(f"{self._settings.model}: {reason}")
+        config = self._engine.config
+        log.info("loading", model=str(config.model_path))
+        if reason := unservable(config.model_path):
+            raise StartError(f"{config.model_path}: {reason}")
         try:
             defaults, fingerprint, eos = await asyncio.to_thread(self._read_side_files)
             runner = await self._engine.start()
             _check_eos(eos, runner.vocab_size)
         except (CheckpointError, ValueError, OSError) as error:
-            raise StartError(f"{self._settings.model}: {error}") from error
+            raise StartError(f"{config.model_path}: {error}") from error
         self._num_blocks = runner.num_blocks
         self._model = ServedModel(
             name=self._settings.served_name,
@@ -111,7 +112,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             defaults=defaults,
             tokenizer_fingerprint=fingerprint,
             weights_fingerprint=bytes.fromhex(runner.weights_fingerprint),
-            caches_prefixes=self._settings.prefix_caching,
+            caches_prefixes=config.prefix_caching,
         )
         log.info(
             "model",
@@ -262,7 +263,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     def _read_side_files(self) -> tuple[SamplingDefaults, bytes | None, tuple[int, ...]]:
         """Sampling defaults, the tokenizer's fingerprint and EOS."""
-        model, tokenizer = self._settings.model, self._settings.tokenizer
+        model, tokenizer = self._engine.config.model_path, self._settings.tokenizer
         return (
             read_sampling_defaults(model),
             tokenizer_fingerprint(tokenizer or model),
@@ -273,7 +274,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         settings, engine = self._settings, self._engine
         return Facts(
             model_name=settings.served_name,
-            block_size=settings.block_size,
+            block_size=engine.config.block_size,
             num_blocks=self._num_blocks,
             rejections=dict(engine.rejections),
             load=engine.load,

@@ -52,14 +52,11 @@ def open_device(
     return DeviceSteps(
         model,
         CudaOps(attention, table, cache.dtype, rank, vocab_size),
-        vocab_size,
-        cache.block_size,
-        config.max_batch_requests,
-        config.max_batch_tokens,
+        config,
         max_model_len,
+        vocab_size,
         cache.device,
         rank,
-        config.mixed_graphs,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoinfer_engine.core.batch import Batch, BatchRow, RowResult, StepKind, StepTiming
+from nanoinfer_engine.core.config import EngineConfig
 from nanoinfer_engine.core.errors import SamplingError
 from nanoinfer_engine.core.request import SampledToken
 from nanoinfer_engine.models import Decoder
@@ -94,23 +95,21 @@ class DeviceSteps:
         self,
         model: Decoder,
         ops: CudaOps,
-        vocab_size: int,
-        block_size: int,
-        max_rows: int,
-        max_tokens: int,
+        config: EngineConfig,
         max_model_len: int,
+        vocab_size: int,
         device: torch.device,
         rank: Rank = ALONE,
-        mixed_graphs: bool = False,
     ) -> None:
-        """A step has `max_rows` rows and `max_tokens` tokens at most, a row `max_model_len` tokens.
+        """A row has `max_model_len` tokens at most; `config` bounds the steps.
 
-        With `mixed_graphs` small steps with prompts are graphs, too, on one device: with several
-        that has not been tried.
+        With its `mixed_graphs` small steps with prompts are graphs, too, on one device: with
+        several that has not been tried.
         """
+        max_rows, max_tokens = config.max_batch_requests, config.max_batch_tokens
         self._rank, self._model, self._ops = rank, model, ops
-        self._block_size, self._device = block_size, device
-        max_blocks = -(-max_model_len // block_size)
+        self._block_size, self._device = config.block_size, device
+        max_blocks = -(-max_model_len // config.block_size)
         self._buffers = DecodeBuffers(max_rows, max_blocks, device)
         self._workspace = SamplingWorkspace(max_rows, vocab_size, device)
         self._slots = ShapingSlots(self._workspace.counts, self._workspace.bias)
@@ -120,7 +119,7 @@ class DeviceSteps:
         captured = CapturedSteps(_GRAPH_MEMORY, rank.least)
         self.graphs = DecodeGraphs(captured)
         self.mixed_graphs = MixedGraphs(captured, max_rows, max_tokens, max_blocks, device)
-        self._captures_mixed = mixed_graphs and rank.size == 1
+        self._captures_mixed = config.mixed_graphs and rank.size == 1
         self._clock = DeviceClock()
 
     def prepare(self) -> None:

@@ -144,17 +144,14 @@ class ModelRunner:
         """Whether `launch` returns before the step has run."""
         return self._steps is not None
 
-    def execute(self, batch: Batch) -> list[RowResult]:
-        """Compute every row's tokens, sample where asked; results in row order.
-
-        A row that cannot be sampled yields its exception. An exception raised here concerns the
-        whole batch: the contents of its blocks are then undefined.
-        """
-        return self.launch(batch).results()
-
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
-        """Begin a step; where the device has no fused steps it is run to its end here."""
+        """Begin a step; where the device has no fused steps it is run to its end here.
+
+        Its results are in row order; a row that cannot be sampled yields its exception. An
+        exception raised here or by `results` concerns the whole batch: the contents of its blocks
+        are then undefined.
+        """
         if self._steps is None:
             return FinishedStep(self._run(batch))
         return self._steps.launch(batch)
@@ -210,9 +207,10 @@ class ModelRunner:
             rows.append(self._made_up_row(first, length))
             num_tokens, first = num_tokens - length, first + num_blocks
         if rows:
-            self.execute(Batch(tuple(rows)))
+            self.launch(Batch(tuple(rows))).results()
         decoding = min(self._config.max_batch_requests, self.num_blocks)
-        self.execute(Batch(tuple(self._made_up_row(block, 1) for block in range(decoding))))
+        decodes = (self._made_up_row(block, 1) for block in range(decoding))
+        self.launch(Batch(tuple(decodes))).results()
 
     def _made_up_row(self, first_block: int, length: int) -> BatchRow:
         num_blocks = -(-length // self.block_size)

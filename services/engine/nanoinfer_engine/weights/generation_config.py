@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanoinfer_common.json_files import JsonFileError, read_optional_object
-
 from nanoinfer_engine.core.config import CheckpointError
+from nanoinfer_engine.models.model_config import read_json
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,8 @@ def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
 
     `do_sample: false` means greedy, as it does in transformers; `top_k: -1` means off, as 0 does.
     """
-    try:
-        values = read_optional_object(model_path / "generation_config.json")
-    except JsonFileError as error:
-        raise CheckpointError(str(error)) from error
+    file = model_path / "generation_config.json"
+    values = read_json(file) if file.is_file() else {}
     samples = values.get("do_sample")
     if samples not in (None, True, False):
         raise _refuse("do_sample", samples, "true or false")

@@ -6,13 +6,14 @@ shape of the nearest size that fits; nothing is measured when an engine starts.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
+
+from nanoinfer_common.json_files import read_object
 
 from nanoinfer_engine.ops.cuda.kernels.decode import AttentionShape
 from nanoinfer_engine.ops.cuda.kernels.linear import GemvShape, TileShape
@@ -34,6 +35,7 @@ GEMV_SHAPES = (
 )
 """Candidates for one row."""
 
+_TABLES = Path(__file__).parent / "tables"
 _DEFAULT_CARD = "NVIDIA H200"
 _FALLBACK_GEMV = (GemvShape(1, 1024, 1), GemvShape(1, 512, 1))
 _FALLBACK_ATTENTION = AttentionShape(
@@ -119,16 +121,15 @@ class TuningTable:
 
 def read_table(card: str) -> TuningTable:
     """The table of `card`, by its CUDA name; another card's, with a line in the log, where none."""
-    tables = resources.files(__package__).joinpath("tables")
-    file = tables.joinpath(f"{_file_name(card)}.json")
+    file = _TABLES / f"{_file_name(card)}.json"
     if not file.is_file():
         _LOG.warning(
             "no tuning table for %s: shapes of %s are used; benchmarks/tune.py writes one",
             card,
             _DEFAULT_CARD,
         )
-        file = tables.joinpath(f"{_file_name(_DEFAULT_CARD)}.json")
-    return table_from_json(json.loads(file.read_text(encoding="utf-8")))
+        file = _TABLES / f"{_file_name(_DEFAULT_CARD)}.json"
+    return table_from_json(read_object(file))
 
 
 def table_from_json(content: Mapping[str, Any]) -> TuningTable:

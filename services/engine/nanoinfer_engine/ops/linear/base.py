@@ -29,11 +29,6 @@ class Linear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False)
         self.make_weight()
 
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of all that a product reads of the weight."""
-        return sum(p.nbytes for name, p in self.named_parameters() if name != "bias")
-
     def make_weight(self) -> None:
         """Make the parameters that hold the weight."""
         raise NotImplementedError
