@@ -87,10 +87,10 @@ def test_steps_of_a_timed_device_follow_each_other(monkeypatch: pytest.MonkeyPat
     decodes = [BatchRow((1,), 7, (), samples=True, sampling=GREEDY)] * 10
     long = runner.launch(Batch((prompt, *decodes)))
     short = runner.launch(Batch(tuple(decodes)))
-    assert short.results() == [timed_engine.TOKEN] * 10
+    assert short.results() == [(timed_engine.TOKEN,)] * 10
     launched = 0.3e-3 + 11 * 6e-6
     assert clock.now == pytest.approx(launched + long.timing().busy + short.timing().busy, abs=1e-4)
-    assert long.results() == [None, *[timed_engine.TOKEN] * 10]
+    assert long.results() == [(), *[(timed_engine.TOKEN,)] * 10]
     assert long.timing().busy == pytest.approx(0.8e-3 + 10 * 21e-6 + 100_000 * 1.6e-6)
     assert short.timing().busy == pytest.approx(0.8e-3 + 10 * 21e-6)
     assert short.timing().idle == 0  # it was launched while the long one ran

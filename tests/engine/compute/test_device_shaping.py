@@ -108,7 +108,7 @@ class TablesRunner(AheadRunner):
         for index, result in enumerate(step.row_results):
             if batch.rows[index].samples:
                 place = self.places[index] = len(self.places)
-                tables.sampled[place] = result.token_id  # type: ignore[union-attr]
+                tables.sampled[place] = result[0].token_id  # type: ignore[index]
                 if index in slots:
                     tables.count(slots[index], int(tables.sampled[place]))
         return step
