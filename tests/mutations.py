@@ -41,11 +41,11 @@ SOURCES = {
     "in flight": "nanoinfer_engine/core/in_flight.py",
     "interceptors": "nanoinfer_common/interceptors.py",
     "messages": "nanoinfer_engine/server/messages.py",
+    "penalties": "nanoinfer_engine/sampling/processors/penalties.py",
     "queue": "nanoinfer_engine/core/queue.py",
     "randomness": "nanoinfer_engine/sampling/randomness.py",
     "sampler": "nanoinfer_engine/sampling/sampler.py",
     "scheduler": "nanoinfer_engine/core/scheduler.py",
-    "shaping": "nanoinfer_engine/sampling/shaping.py",
     "text": "nanoinfer_gateway/text.py",
     "validation": "nanoinfer_common/validation.py",
 }
@@ -223,12 +223,12 @@ FAULTS = (
     ),
     Fault("sampler", "math.log(each.min_p) if", "each.min_p if", "sampler::test_distribution"),
     Fault(
-        "shaping",
+        "penalties",
         "values * repetition, values / repetition)",
         "values / repetition, values * repetition)",
         "shaping",
     ),
-    Fault("shaping", "presence * (times > 0)", "presence", "shaping"),
+    Fault("penalties", "presence * (times > 0)", "presence", "shaping"),
     # stop strings and UTF-8
     Fault("text", "free = len(joined) - node.depth", "free = len(joined)", "text"),
     Fault("text", "child.match or child.fallback.match", "child.match", "text"),

@@ -38,7 +38,8 @@ class SamplingOptions:
     prompt and its position alone, never on the batch it runs in. `allowed_token_ids` None allows
     all.
     `num_logprobs` None means no log-probabilities, 0 the sampled token's only; the same for those
-    of the prompt. `logprob_token_ids` are reported wherever log-probabilities are.
+    of the prompt. `logprob_token_ids` are reported wherever log-probabilities are. `extensions` are
+    options of further logits processors that are set, by their names in the contract.
     """
 
     temperature: float
@@ -54,11 +55,17 @@ class SamplingOptions:
     allowed_token_ids: array[int] | None = None
     num_prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
+    extensions: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def shapes_logits(self) -> bool:
-        """Whether penalties, bias or allowed ids change the logits before the choice."""
-        return self.has_penalties or bool(self.logit_bias) or self.allowed_token_ids is not None
+        """Whether a logits processor changes the logits before the choice."""
+        listed = bool(self.logit_bias) or self.allowed_token_ids is not None
+        return self.has_penalties or listed or bool(self.extensions)
+
+    def extension(self, name: str, neutral: float) -> float:
+        """The value of an option without a field here, as the contract calls it."""
+        return dict(self.extensions).get(name, neutral)
 
     @property
     def has_penalties(self) -> bool:
