@@ -20,7 +20,11 @@ from nanoinfer_engine.sampling.processors import PROCESSORS
 from nanoinfer_engine.sampling.processors.base import DeviceBias, LogitsProcessor
 from nanoinfer_engine.sampling.sampler import sample
 from nanoinfer_engine.sampling.shaping import shape
-from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
+from transformers import (
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 VOCAB_SIZE = 50
 GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
@@ -185,6 +189,34 @@ def test_extreme_penalties_leave_something_to_choose(penalty: float, temperature
     )
     (result,) = sample(random_logits(1), [row])
     assert isinstance(result, SampledToken)
+
+
+def ngram_row(ids: Sequence[int], size: int) -> BatchRow:
+    row = make_row(ids[:1], ids[1:], extensions=(("no_repeat_ngram_size", size),))
+    return row._replace(known_token_ids=tuple(ids))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), min_size=1, max_size=4),
+    st.integers(1, 6),
+)
+def test_ngrams_that_may_not_come_again_are_those_of_transformers(
+    texts: list[list[int]], size: int
+) -> None:
+    logits = random_logits(len(texts))
+    rows = [ngram_row(ids, size) for ids in texts]
+    shaped = shape(logits, rows)
+    for index, ids in enumerate(texts):
+        processor = NoRepeatNGramLogitsProcessor(size)
+        expected = processor(torch.tensor([ids]), logits[index : index + 1].clone())
+        assert torch.equal(shaped[index], expected[0])
+        assert not processors.may_run_ahead(rows[index].sampling)
+
+
+def test_a_row_that_does_not_bring_its_ids_fails_instead_of_repeating() -> None:
+    row = ngram_row([1, 2, 1], 2)._replace(known_token_ids=())
+    (result,) = sample(random_logits(1), [row])
+    assert isinstance(result, SamplingError)
 
 
 class Doubling(LogitsProcessor):

@@ -14,9 +14,16 @@ from nanoinfer_engine.core.request import SamplingOptions
 from nanoinfer_engine.sampling.processors.base import DeviceBias, LogitsProcessor
 from nanoinfer_engine.sampling.processors.logit_bias import LogitBias
 from nanoinfer_engine.sampling.processors.masks import AllowedIds, HeldBackIds
+from nanoinfer_engine.sampling.processors.no_repeat_ngram import NoRepeatNgram
 from nanoinfer_engine.sampling.processors.penalties import Penalties
 
-PROCESSORS: tuple[LogitsProcessor, ...] = (Penalties(), LogitBias(), AllowedIds(), HeldBackIds())
+PROCESSORS: tuple[LogitsProcessor, ...] = (
+    Penalties(),
+    LogitBias(),
+    AllowedIds(),
+    HeldBackIds(),
+    NoRepeatNgram(),
+)
 """In the order in which they change the logits."""
 
 EXTENSIONS: dict[str, Any] = {
