@@ -76,7 +76,7 @@ class TimedRunner:
         launched = time.perf_counter() + LAUNCH + LAUNCH_ROW * len(rows)
         num_decodes = sum(row.num_tokens == 1 for row in rows)
         busy = STEP + ROW * num_decodes + PROMPT_TOKEN * (batch.num_tokens - num_decodes)
-        results: list[RowResult] = [TOKEN if row.samples else None for row in rows]
+        results: list[RowResult] = [(TOKEN,) if row.samples else () for row in rows]
         while time.perf_counter() < launched:
             pass
         began = max(launched, self._free_at)

@@ -42,11 +42,11 @@ SOURCES = {
     "in flight": "nanoinfer_engine/core/in_flight.py",
     "interceptors": "nanoinfer_common/interceptors.py",
     "messages": "nanoinfer_engine/server/messages.py",
+    "penalties": "nanoinfer_engine/sampling/processors/penalties.py",
     "queue": "nanoinfer_engine/core/queue.py",
     "randomness": "nanoinfer_engine/sampling/randomness.py",
     "sampler": "nanoinfer_engine/sampling/sampler.py",
     "scheduler": "nanoinfer_engine/core/scheduler.py",
-    "shaping": "nanoinfer_engine/sampling/shaping.py",
     "text": "nanoinfer_gateway/core/text.py",
     "validation": "nanoinfer_common/validation.py",
 }
@@ -64,6 +64,7 @@ TESTS = {
     "sampler": "tests/engine/compute/test_sampler.py",
     "scheduler": "tests/engine/control/test_scheduler.py",
     "service": "tests/engine/control/test_service.py",
+    "several": "tests/engine/control/test_several_tokens.py",
     "shaping": "tests/engine/compute/test_shaping.py",
     "text": "tests/gateway/test_text.py",
     "validation": "tests/common/test_validation.py",
@@ -112,7 +113,12 @@ FAULTS = (
         "victim = min(self._running, key=ORDER)",
         "scheduler",
     ),
-    Fault("scheduler", "self._waiting.charge(request, 1)", "pass", "queue"),
+    Fault(
+        "scheduler",
+        "self._waiting.charge(request, len(request.completion_token_ids) - num_before)",
+        "pass",
+        "queue",
+    ),
     Fault(
         "in flight",
         "step[request] = 0",
@@ -134,16 +140,26 @@ FAULTS = (
     Fault("scheduler", "sum(self.grants.values()), 0)", "0, 0)", "mixed steps"),
     Fault(
         "scheduler",
-        "elif num_tokens and request.wants_more:",
-        "elif num_tokens:",
+        "elif request.num_pending_tokens and request.wants_more:",
+        "elif request.num_pending_tokens:",
         "running ahead::test_decoding_goes_on_from_ids_that_nobody_has_read",
     ),
     Fault(
         "scheduler",
-        "stop == num_known + num_unread,",
-        "stop == num_known,",
+        "samples = stop == num_known + num_unread",
+        "samples = stop == num_known",
         "running ahead::test_random_loads_under_memory_pressure",
     ),
+    Fault(
+        "scheduler",
+        "if not request.may_be_planned:",
+        "if False:",
+        "running ahead::test_a_request_that_declines_waits_and_the_others_run_ahead",
+    ),
+    Fault(
+        "scheduler", "if not request.is_decoding:", "if request.num_pending_tokens > 1:", "several"
+    ),
+    Fault("scheduler", "if len(result) > 1 and request.num_unread_tokens:", "if False:", "several"),
     Fault(
         "messages",
         "seed=(seed + index) % 2**64)",
@@ -208,12 +224,12 @@ FAULTS = (
     ),
     Fault("sampler", "math.log(each.min_p) if", "each.min_p if", "sampler::test_distribution"),
     Fault(
-        "shaping",
+        "penalties",
         "values * repetition, values / repetition)",
         "values / repetition, values * repetition)",
         "shaping",
     ),
-    Fault("shaping", "presence * (times > 0)", "presence", "shaping"),
+    Fault("penalties", "presence * (times > 0)", "presence", "shaping"),
     # stop strings and UTF-8
     Fault("text", "free = len(joined) - node.depth", "free = len(joined)", "text"),
     Fault("text", "child.match or child.fallback.match", "child.match", "text"),

@@ -67,6 +67,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "repetition_penalty": (["1.5"], 1.5),
     "frequency_penalty": (["-1"], -1.0),
     "presence_penalty": (["1"], 1.0),
+    "no_repeat_ngram_size": (["3"], 3),
     "seed": (["18446744073709551615"], 2**64 - 1),
     "n": (["2"], 2),
     "logit_bias": (["5=-1.5"], {5: -1.5}),

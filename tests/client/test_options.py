@@ -23,6 +23,7 @@ ONE_BY_ONE: list[tuple[str, Any, str]] = [
     ("repetition_penalty", 0.0, "sampling"),
     ("frequency_penalty", 0.0, "sampling"),
     ("presence_penalty", 0.0, "sampling"),
+    ("no_repeat_ngram_size", 0, "sampling"),
     ("seed", 0, "sampling"),
     ("seed", 2**64 - 1, "sampling"),
     ("n", 0, "sampling"),

@@ -105,6 +105,7 @@ INTEGERS: list[tuple[str, type[Any], str, Sequence[int], Sequence[int]]] = [
     ("sampling", pb.SamplingParams, "top_k", [0, 1, 2**32 - 1], []),
     ("sampling", pb.SamplingParams, "seed", [0, 2**64 - 1], []),
     ("sampling", pb.SamplingParams, "n", [1, 16], [0, 17, 10**9]),
+    ("sampling", pb.SamplingParams, "no_repeat_ngram_size", [0, 1, 64], [65, 2**32 - 1]),
     ("stopping", pb.StoppingParams, "max_tokens", [1, 2**31 - 1], [0, 2**31, 2**32 - 1]),
     ("stopping", pb.StoppingParams, "min_tokens", [0, LENGTH - 1], [LENGTH]),
     ("stopping", pb.StoppingParams, "ignore_eos", [0, 1], []),
@@ -283,6 +284,11 @@ FEATURES: list[tuple[dict[str, Any], str, str]] = [
         "PENALTIES",
         "sampling.presence_penalty",
     ),
+    (
+        {"sampling": pb.SamplingParams(no_repeat_ngram_size=2)},
+        "PENALTIES",
+        "sampling.no_repeat_ngram_size",
+    ),
     ({"sampling": pb.SamplingParams(logit_bias={1: 0.0})}, "LOGIT_BIAS", "sampling.logit_bias"),
     (
         {"sampling": pb.SamplingParams(allowed_token_ids=[1])},
@@ -326,7 +332,11 @@ def test_features(arguments: dict[str, Any], feature: str, field: str) -> None:
 
 def test_neutral_values_need_no_feature() -> None:
     neutral = pb.SamplingParams(
-        repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, n=1
+        repetition_penalty=1.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+        no_repeat_ngram_size=0,
+        n=1,
     )
     response = pb.ResponseOptions(echo=False)
     validate_request(sampling=neutral, response=response, limits=Limits(features=()))

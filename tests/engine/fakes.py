@@ -137,7 +137,7 @@ class FakeRunner:
         if error := self.fail_row(row):
             return error
         if not row.samples:
-            return None
+            return ()
         first = max(0, row.context_length - self.window) if self.window else 0
         context = [self._memory[self._slot(row, i)] for i in range(first, row.context_length)]
         token_id = next_token(context, row.sampling.seed, row.masked_token_ids)
@@ -145,9 +145,9 @@ class FakeRunner:
         if forced is not None and forced not in row.masked_token_ids:
             token_id = forced
         if row.sampling.num_logprobs is None:
-            return SampledToken(token_id)
+            return (SampledToken(token_id),)
         top = tuple(Logprob(i, -1.0 - i, i + 1) for i in range(row.sampling.num_logprobs))
-        return SampledToken(token_id, Logprob(token_id, -0.5, 1), top)
+        return (SampledToken(token_id, Logprob(token_id, -0.5, 1), top),)
 
 
 @dataclass

@@ -27,6 +27,7 @@ SHAPES: list[dict[str, object]] = [
     {"bias": 2.0},
     {"allowed": 40},
     {"masked": True},
+    {"ngram": 1},
     {"repetition_penalty": 1.1, "presence_penalty": 0.1, "bias": -3.0, "allowed": 300},
     {},
 ]
@@ -46,11 +47,15 @@ def make_row(number: int, vocab_size: int, shape: dict[str, object], **choice: o
     source = random.Random(number)
     ids = [source.randrange(vocab_size) for _ in range(vocab_size // 4)]
     options = dict(shape)
-    bias, allowed, masked = (options.pop(name, None) for name in ("bias", "allowed", "masked"))
+    bias, allowed, masked, ngram = (
+        options.pop(name, None) for name in ("bias", "allowed", "masked", "ngram")
+    )
     if bias is not None:
         options["logit_bias"] = tuple((each, bias) for each in dict.fromkeys(ids[:50]))
     if allowed is not None:
         options["allowed_token_ids"] = array("q", ids[:allowed])  # type: ignore[misc]
+    if ngram is not None:
+        options["extensions"] = (("no_repeat_ngram_size", ngram),)
     sampling_options = dataclasses.replace(GREEDY, seed=number, **options, **choice)  # type: ignore[arg-type]
     counts = None
     if sampling_options.has_penalties:
@@ -58,9 +63,10 @@ def make_row(number: int, vocab_size: int, shape: dict[str, object], **choice: o
         for each in ids[: vocab_size // 16] * 2 + ids[-30:]:
             counts.add(each)
     held_back = frozenset(ids[:100]) if masked else frozenset()
-    return BatchRow(
+    row = BatchRow(
         (0,), number, (0,), True, sampling_options, held_back, counts, request_number=number
     )
+    return row._replace(known_token_ids=tuple((ids * 2)[: number + 1]) if ngram else ())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -84,7 +90,7 @@ def test_shaped_rows_choose_as_on_the_host(
     table = device_shaping.ShapingSlots(workspace.counts, workspace.bias)
     slots, failed = table.place(rows, {}, sampled)
     assert not failed
-    assert len(slots) == len(rows) * 8 // 9
+    assert len(slots) == len(rows) * 9 // 10
     on_device = logits.to(device)
     sampling.choose(on_device, device_sampling(rows, device, slots), workspace, sampled)
     assert torch.equal(on_device.cpu(), logits)

@@ -47,6 +47,7 @@ class Options(CallOptions, total=False):
     repetition_penalty: Annotated[float | None, "Sampling", "Above 1 makes repetition less likely."]
     frequency_penalty: Annotated[float | None, "Sampling", "Penalty for each occurrence."]
     presence_penalty: Annotated[float | None, "Sampling", "Penalty for having occurred."]
+    no_repeat_ngram_size: Annotated[int | None, "Sampling", "Never repeat so many tokens in a row."]
     seed: Annotated[int | None, "Sampling", "Seed of the random numbers."]
     n: Annotated[int | None, "Sampling", "Number of completions."]
     logit_bias: Annotated[Mapping[int, float] | None, "Sampling", "ID=BIAS added to a logit."]

@@ -126,10 +126,10 @@ def run(runner: ModelRunner, jobs: Sequence[Job], seed: int = 0) -> None:
         for job, row, result in zip(live, rows, results, strict=True):
             job.computed = row.context_length
             if row.samples:
-                assert isinstance(result, SampledToken), result
-                job.output.append(result)
+                assert isinstance(result, tuple), result
+                job.output += result
             else:
-                assert result is None
+                assert result == ()
 
 
 def generate(

@@ -44,16 +44,18 @@ def test_sampled_ids_are_scored_as_on_the_host(count: int) -> None:
     logits = random_logits(count)
     sampled = torch.randint(VOCAB_SIZE, (count,), dtype=torch.int32)
     places = {index: count - 1 - index for index in range(count)}
-    results: list[RowResult] = [SampledToken(int(sampled[places[i]])) for i in range(count)]
+    results: list[RowResult] = [(SampledToken(int(sampled[places[i]])),) for i in range(count)]
     expected = list(results)
     for index, row in enumerate(rows):
         options, place = row.sampling, places[index]
         if options.num_logprobs is not None:
-            (expected[index],) = score(
-                logits[place : place + 1].float(),
-                [int(sampled[place])],
-                options.num_logprobs,
-                options.logprob_token_ids,
+            expected[index] = tuple(
+                score(
+                    logits[place : place + 1].float(),
+                    [int(sampled[place])],
+                    options.num_logprobs,
+                    options.logprob_token_ids,
+                )
             )
     for scores in measure_sampled(rows, places, logits, sampled):
         scores.add_to(results)
@@ -66,12 +68,12 @@ def test_rows_that_failed_stay_failed_and_new_failures_stay_alone() -> None:
     logits[1, 7] = torch.nan
     sampled = torch.tensor([-1, 4, 4, 4, 4], dtype=torch.int32)
     failure = SamplingError("before")
-    results: list[RowResult] = [failure, *(SampledToken(4) for _ in range(4))]
+    results: list[RowResult] = [failure, *((SampledToken(4),) for _ in range(4))]
     for scores in measure_sampled(rows, {i: i for i in range(5)}, logits, sampled):
         scores.add_to(results)
     assert results[0] is failure
     assert all(isinstance(each, SamplingError) for each in results[1:4])
-    assert results[4] == score(logits[4:].float(), [4], 1, ())[0]
+    assert results[4] == tuple(score(logits[4:].float(), [4], 1, ()))
 
 
 def scored_row(num_tokens: int, num_scored: int, num_top: int, listed: Sequence[int]) -> BatchRow:
@@ -97,7 +99,7 @@ def test_prompts_are_scored_as_on_the_host_whatever_the_order_of_rows() -> None:
     order = [3, 0, 1, 2, 4, 5, 6]
     parts = logits.split([row.num_tokens for row in rows])
     ordered = torch.cat([parts[index] for index in order])
-    results: list[RowResult] = [SampledToken(1), None, None, SampledToken(2), None, None, None]
+    results: list[RowResult] = [(SampledToken(1),), (), (), (SampledToken(2),), (), (), ()]
     results[5] = SamplingError("before")
     expected = score_prompts(rows, logits, results, lambda part: part)
     for scores in measure_prompts(rows, order, lambda first, n: ordered[first : first + n]):

@@ -24,6 +24,7 @@ from nanoinfer_engine.core.pipeline import Pipeline
 from nanoinfer_engine.core.request import Request, SamplingOptions, TokenCounts
 from nanoinfer_engine.core.scheduler import Scheduler
 from nanoinfer_engine.sampling.device_shaping import ShapingSlots
+from nanoinfer_engine.sampling.processors import may_run_ahead
 from nanoinfer_engine.sampling.shaping import shape
 
 from tests.engine.control.test_running_ahead import AheadRunner, LateStep
@@ -35,6 +36,8 @@ OPTIONS: list[dict[str, object]] = [
     {"repetition_penalty": 1.3},
     {"presence_penalty": 0.5, "logit_bias": ((4, 2.0), (17, -1.0))},
     {"logit_bias": ((900, 1.0),)},
+    {"extensions": (("no_repeat_ngram_size", 1),)},
+    {"extensions": (("no_repeat_ngram_size", 2),), "frequency_penalty": 0.4},
     {"allowed_token_ids": array("q", [40, 50, 60, 50]), "logit_bias": ((50, 3.0),)},
 ]
 
@@ -108,7 +111,7 @@ class TablesRunner(AheadRunner):
         for index, result in enumerate(step.row_results):
             if batch.rows[index].samples:
                 place = self.places[index] = len(self.places)
-                tables.sampled[place] = result.token_id  # type: ignore[union-attr]
+                tables.sampled[place] = result[0].token_id  # type: ignore[index]
                 if index in slots:
                     tables.count(slots[index], int(tables.sampled[place]))
         return step
@@ -145,6 +148,7 @@ class ShapingMachine(RuleBasedStateMachine):
         )
         request.sampling = dataclasses.replace(GREEDY, **kind)  # type: ignore[arg-type]
         request.__post_init__()
+        request.may_run_ahead = may_run_ahead(request.sampling)
         self.requests.append(request)
         self.scheduler.add(request)
 

@@ -68,12 +68,12 @@ def test_prompt_logprobs_are_those_of_transformers(kind: str, chunk: int, tmp_pa
         plain, result = runner.launch(
             Batch((other, scored_row(prompt, start, stop, blocks[: -(-stop // 8)])))
         ).results()
-        assert isinstance(plain, SampledToken)
+        assert isinstance(plain, tuple)
         if start == len(prompt) - 1:
-            assert isinstance(result, SampledToken)  # nothing of the prompt follows the last id
+            assert isinstance(result, tuple)  # nothing of the prompt follows the last id
         else:
             assert isinstance(result, ScoredPrompt)
-            assert (result.sampled is not None) == (stop == len(prompt))
+            assert bool(result.sampled) == (stop == len(prompt))
             tokens += result.tokens
     assert [token.token_id for token in tokens] == prompt[1:]
     with torch.inference_mode():
@@ -96,7 +96,7 @@ def test_a_prompt_that_cannot_be_scored_fails_alone() -> None:
     rows = [scored_row([1, 2, 3], 0, 2, (0,)) for _ in range(3)]
     hidden = torch.randn(6, VOCAB_SIZE)
     hidden[2] = torch.nan
-    results = score_prompts(rows, hidden, [None] * 3, lambda part: part)
+    results = score_prompts(rows, hidden, [()] * 3, lambda part: part)
     assert isinstance(results[1], SamplingError)
     assert isinstance(results[0], ScoredPrompt)
     assert isinstance(results[2], ScoredPrompt)

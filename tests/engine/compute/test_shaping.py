@@ -6,7 +6,7 @@ import dataclasses
 import math
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import pytest
 import torch
@@ -15,9 +15,16 @@ from hypothesis import strategies as st
 from nanoinfer_engine.core.batch import BatchRow
 from nanoinfer_engine.core.errors import SamplingError
 from nanoinfer_engine.core.request import SampledToken, SamplingOptions, TokenCounts
+from nanoinfer_engine.sampling import processors, shaping
+from nanoinfer_engine.sampling.processors import PROCESSORS
+from nanoinfer_engine.sampling.processors.base import DeviceBias, LogitsProcessor
 from nanoinfer_engine.sampling.sampler import sample
 from nanoinfer_engine.sampling.shaping import shape
-from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
+from transformers import (
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 
 VOCAB_SIZE = 50
 GREEDY = SamplingOptions(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
@@ -182,3 +189,94 @@ def test_extreme_penalties_leave_something_to_choose(penalty: float, temperature
     )
     (result,) = sample(random_logits(1), [row])
     assert isinstance(result, SampledToken)
+
+
+def ngram_row(ids: Sequence[int], size: int) -> BatchRow:
+    row = make_row(ids[:1], ids[1:], extensions=(("no_repeat_ngram_size", size),))
+    return row._replace(known_token_ids=tuple(ids))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), min_size=1, max_size=4),
+    st.integers(1, 6),
+)
+def test_ngrams_that_may_not_come_again_are_those_of_transformers(
+    texts: list[list[int]], size: int
+) -> None:
+    logits = random_logits(len(texts))
+    rows = [ngram_row(ids, size) for ids in texts]
+    shaped = shape(logits, rows)
+    for index, ids in enumerate(texts):
+        processor = NoRepeatNGramLogitsProcessor(size)
+        expected = processor(torch.tensor([ids]), logits[index : index + 1].clone())
+        assert torch.equal(shaped[index], expected[0])
+        assert not processors.may_run_ahead(rows[index].sampling)
+
+
+def test_a_row_that_does_not_bring_its_ids_fails_instead_of_repeating() -> None:
+    row = ngram_row([1, 2, 1], 2)._replace(known_token_ids=())
+    (result,) = sample(random_logits(1), [row])
+    assert isinstance(result, SamplingError)
+
+
+class Doubling(LogitsProcessor):
+    """Adds to each id of the row's known ids as much as it has come, on any device."""
+
+    def wants(self, row: BatchRow) -> bool:
+        return bool(row.known_token_ids)
+
+    def apply(self, logits: torch.Tensor, rows: Mapping[int, BatchRow]) -> None:
+        for index, row in rows.items():
+            for token_id in row.known_token_ids:
+                logits[index, token_id] += 1
+
+    def add_bias(self, bias: DeviceBias, row: BatchRow) -> None:
+        bias.add((token_id, 1.0) for token_id in row.known_token_ids)
+
+    def version(self, row: BatchRow) -> Hashable:
+        return row.known_token_ids
+
+    def reads_token_ids(self, sampling: SamplingOptions) -> bool:
+        return sampling.extension("doubling", 0) > 0
+
+
+IDS = st.integers(0, VOCAB_SIZE - 1)
+
+
+@given(
+    st.lists(IDS, max_size=12),
+    st.dictionaries(IDS, st.floats(-100, 100, width=32), max_size=12),
+    st.none() | st.lists(IDS, max_size=12),
+    st.frozensets(IDS, max_size=12),
+)
+def test_what_a_device_adds_is_what_the_host_does(
+    known: list[int], bias: dict[int, float], allowed: list[int] | None, masked: frozenset[int]
+) -> None:
+    """Whatever stands before, between and behind in the order of processors."""
+    row = make_row(
+        masked=list(masked),
+        logit_bias=tuple(bias.items()),
+        allowed_token_ids=None if allowed is None else array("q", allowed),
+        extensions=(("doubling", 1),),
+    )._replace(known_token_ids=tuple(known))
+    logits = random_logits(1)
+    for place in range(len(PROCESSORS) + 1):
+        order = (*PROCESSORS[:place], Doubling(), *PROCESSORS[place:])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processors, "PROCESSORS", order)
+            patch.setattr(shaping, "PROCESSORS", order)
+            assert not processors.may_run_ahead(row.sampling)
+            added = processors.device_bias(row)
+            expected = shape(logits, [row])[0]
+        summands = torch.full((VOCAB_SIZE,), added.base)
+        ids, values = added.entries()
+        summands[torch.from_numpy(ids)] = torch.from_numpy(values)
+        assert torch.allclose(logits[0] + summands, expected, atol=1e-4)
+
+
+def test_only_processors_that_read_ids_keep_a_request_from_running_ahead() -> None:
+    shaping_options = dataclasses.replace(
+        GREEDY, repetition_penalty=1.1, logit_bias=((1, 1.0),), allowed_token_ids=array("q", [1])
+    )
+    assert processors.may_run_ahead(GREEDY)
+    assert processors.may_run_ahead(shaping_options)

@@ -16,6 +16,7 @@ from nanoinfer_engine.server import messages
 from nanoinfer_engine.step.runner import ModelRunner
 from transformers import (
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
 )
@@ -34,17 +35,17 @@ async def tokens(engine: Engine, prompt: Sequence[int] = PROMPT, **fields: Any) 
     return (await engine.generate(list(prompt), stopping=STOPPING, sampling=params)).tokens()
 
 
-def reference(**processors: Any) -> list[int]:
+def reference(prompt: Sequence[int] = PROMPT, **processors: Any) -> list[int]:
     """What transformers chooses greedily with these logits processors."""
     model = make_model("llama2")
     output = model.generate(  # type: ignore[operator]
-        torch.tensor([PROMPT]),
+        torch.tensor([prompt]),
         max_new_tokens=NUM_TOKENS,
         do_sample=False,
         eos_token_id=None,
         logits_processor=LogitsProcessorList(processors.values()),
     )
-    chosen: list[int] = output[0, len(PROMPT) :].tolist()
+    chosen: list[int] = output[0, len(prompt) :].tolist()
     return chosen
 
 
@@ -70,6 +71,15 @@ async def test_repetition_penalty_is_that_of_transformers(tiny: Engine, penalty:
     found = await tokens(tiny, repetition_penalty=penalty)
     assert found == reference(it=RepetitionPenaltyLogitsProcessor(penalty))
     assert found != reference()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+async def test_no_ngram_comes_twice_as_in_transformers(tiny: Engine, size: int) -> None:
+    prompt = PROMPT + reference()  # what it would repeat
+    found = await tokens(tiny, prompt, no_repeat_ngram_size=size)
+    expected = reference(prompt, it=NoRepeatNGramLogitsProcessor(size))
+    assert found == expected
+    assert found != reference(prompt)
 
 
 @pytest.mark.parametrize(("frequency", "presence"), [(2.0, 0.0), (0.0, -2.0), (-2.0, 2.0)])
@@ -100,6 +110,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"repetition_penalty": 1},
     {"frequency_penalty": 0},
     {"presence_penalty": 0},
+    {"no_repeat_ngram_size": 0},
     {"logit_bias": {}},
     {"logit_bias": {1: 0}},
     {"allowed_token_ids": []},
@@ -127,6 +138,7 @@ async def test_a_neutral_value_is_as_if_unset(
         {"frequency_penalty": 2},
         {"presence_penalty": -2},
         {"presence_penalty": 2},
+        {"no_repeat_ngram_size": 64},
         {"logit_bias": {0: -100, VOCAB_SIZE - 1: 100}},
         {"logit_bias": dict.fromkeys(range(VOCAB_SIZE), 1.5)},
         {"allowed_token_ids": [0]},
@@ -146,6 +158,7 @@ async def test_bounds_are_accepted(tiny: Engine, fields: dict[str, Any]) -> None
         *(("repetition_penalty", value) for value in (0, -1, 10.01, math.nan, math.inf)),
         *(("frequency_penalty", value) for value in (-2.01, 2.01, math.nan)),
         *(("presence_penalty", value) for value in (-2.01, 2.01, -math.inf)),
+        *(("no_repeat_ngram_size", value) for value in (65, 2**32 - 1)),
         *(("logit_bias", {1: value}) for value in (-100.1, 100.1, math.nan)),
         ("logit_bias", {VOCAB_SIZE: 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
@@ -182,6 +195,7 @@ HOSTILE: list[dict[str, Any]] = [
     {"logit_bias": dict.fromkeys(range(VOCAB_SIZE), 100.0)},
     {"logit_bias": dict.fromkeys(range(VOCAB_SIZE), -100.0)},
     {"allowed_token_ids": [255]},
+    {"no_repeat_ngram_size": 1},
     {"top_p": 1e-6, "min_p": 1, "top_k": 1},
 ]
 

@@ -13,7 +13,6 @@ from nanoinfer_engine.core.request import (
     FinishReason,
     Request,
     RequestOutput,
-    SampledToken,
     TokenCounts,
 )
 from nanoinfer_engine.core.scheduler import Scheduler
@@ -53,7 +52,7 @@ class AheadRunner(FakeRunner):
                 assert not self.steps[-1].was_read
                 self.num_ahead += 1
                 result = self.steps[-1].row_results[row.source_row]
-                token_id = result.token_id if isinstance(result, SampledToken) else 0
+                token_id = result[0].token_id if isinstance(result, tuple) else 0
                 row = row._replace(token_ids=(*row.token_ids, token_id), source_row=None)
             rows.append(row)
         self.steps.append(LateStep(self.execute(Batch(tuple(rows)))))
@@ -124,6 +123,34 @@ def test_rows_run_ahead_whatever_they_ask_for() -> None:
     assert penalised.completion_token_ids == expected_tokens([31, 32], 6)
     assert penalised.token_counts.num_counted == 6
     assert all(o.tokens[0].logprob for o in loop.outputs if o.request is scored)
+
+
+def test_a_request_that_declines_waits_and_the_others_run_ahead() -> None:
+    loop = Loop()
+    ahead, waits = make_request([11, 12, 13], 12), make_request([21, 22], 6)
+    waits.may_run_ahead = False
+    loop.add(ahead, waits)
+    loop.run()
+    assert ahead.completion_token_ids == expected_tokens([11, 12, 13], 12)
+    assert waits.completion_token_ids == expected_tokens([21, 22], 6)
+    assert loop.runner.num_ahead == 11  # every decode of the one, none of the other
+    with_two = [len(batch.rows) == 2 for batch in loop.runner.batches]
+    assert with_two[:12] == [True, False] * 6  # every second step it knows its last id
+    assert loop.scheduler.load.kv_usage == 0
+
+
+def test_a_row_that_does_not_run_ahead_brings_all_its_ids() -> None:
+    loop = Loop()
+    request = make_request([21, 22], 5)
+    request.may_run_ahead = False
+    other = make_request([31, 32, 33], 5)
+    loop.add(request, other)
+    loop.run()
+    rows = [row for batch in loop.runner.batches for row in batch.rows]
+    own = [row for row in rows if row.request_number == request.number]
+    wanted = [21, 22, *expected_tokens([21, 22], 5)]
+    assert [list(row.known_token_ids) for row in own] == [wanted[:n] for n in range(2, 7)]
+    assert not any(row.known_token_ids for row in rows if row.request_number == other.number)
 
 
 def test_ids_are_held_back_until_the_unread_tokens_make_up_the_minimum() -> None:

@@ -13,6 +13,7 @@ from nanoinfer_engine.core.pipeline import Pipeline
 
 from tests.engine.control.test_running_ahead import AheadRunner
 from tests.engine.control.test_scheduler_machine import SchedulerMachine
+from tests.engine.fakes import FakeRunner
 
 
 class RunningAheadMachine(SchedulerMachine):
@@ -26,8 +27,14 @@ class RunningAheadMachine(SchedulerMachine):
         self, num_blocks: int, max_batch_tokens: int, max_batch_requests: int, prefix_caching: bool
     ) -> None:
         super().start(num_blocks, max_batch_tokens, max_batch_requests, prefix_caching)
-        self.runner = AheadRunner(num_blocks)
         self.pipeline = Pipeline(self.runner)
+
+    def make_runner(self, num_blocks: int) -> FakeRunner:
+        return AheadRunner(num_blocks)
+
+    def may_run_ahead(self) -> bool:
+        """Every third request declines."""
+        return self.num_added % 3 > 0
 
     @rule()
     def step(self) -> None:
@@ -79,6 +86,9 @@ class RunningAheadMachine(SchedulerMachine):
             assert 0 <= request.num_unread_tokens <= len(granted)
             if not granted:
                 assert request.num_unread_tokens == 0
+            if not request.may_run_ahead and request.num_unread_tokens:
+                assert request.num_unread_tokens == 1
+                assert request.num_pending_tokens == 1  # the unread id: granted to no step
 
 
 RunningAheadMachine.TestCase.settings = SchedulerMachine.TestCase.settings

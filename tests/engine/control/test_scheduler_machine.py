@@ -32,7 +32,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, num_blocks: int, max_batch_tokens: int, max_batch_requests: int, prefix_caching: bool
     ) -> None:
         self.clock = FakeClock()
-        self.runner = FakeRunner(num_blocks, BLOCK_SIZE)
+        self.runner = self.make_runner(num_blocks)
         self.capacity = Capacity(256, num_blocks * BLOCK_SIZE)
         config = make_config(
             max_batch_tokens=max_batch_tokens,
@@ -44,6 +44,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_added = 0
         self.num_ended = 0
         self.contents: dict[bytes, tuple[int, ...]] = {}  # what every name must stand for
+
+    def make_runner(self, num_blocks: int) -> FakeRunner:
+        return FakeRunner(num_blocks, BLOCK_SIZE)
+
+    def may_run_ahead(self) -> bool:
+        """Whether the request that is added next may."""
+        return True
 
     @rule(
         prompt_length=st.integers(1, 30),
@@ -76,6 +83,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             seed=seed,
             tenant=tenant,
         )
+        request.may_run_ahead = self.may_run_ahead()
         self.scheduler.add(request)
         self.live[request] = []
 

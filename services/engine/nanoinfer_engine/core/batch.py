@@ -28,6 +28,8 @@ class BatchRow(NamedTuple):
     step fills: in each layer all keys and values are stored before any attention is computed.
     With `source_row` one more token follows `token_ids`: the one that this row of the previous
     batch samples, whose id nobody here knows yet; `token_counts` lacks it too.
+    `known_token_ids` are all of prompt and completion, where the row samples and its request may
+    not run ahead.
     `request_number` tells the rows of one request from all others of the process.
     """
 
@@ -42,6 +44,7 @@ class BatchRow(NamedTuple):
     source_row: int | None = None
     request_number: int = -1
     prompt_key: int = 0
+    known_token_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -74,11 +77,15 @@ class ScoredPrompt:
     """
 
     tokens: tuple[SampledToken, ...]
-    sampled: SampledToken | None
+    sampled: tuple[SampledToken, ...] = ()
 
 
-RowResult = SampledToken | ScoredPrompt | Exception | None
-"""What `execute` returns per row: a token, why this row alone failed, or None (row not sampled)."""
+RowResult = tuple[SampledToken, ...] | ScoredPrompt | Exception
+"""What `execute` returns per row: tokens, why this row alone failed, or () (row not sampled).
+
+A row that samples gives one token or several, each following the one before. Several come only
+where no later step of the request is in flight: its request may not run ahead.
+"""
 
 
 StepKind = Literal["eager", "graph"]

@@ -70,6 +70,10 @@ class SamplingError(Exception):
     """A row whose logits or options allow no choice; it ends that request alone."""
 
 
+class RowError(Exception):
+    """A row gave another number of tokens than it could; it ends that request alone."""
+
+
 class RankError(Exception):
     """A rank failed or ended: no step of the others will ever end."""
 

@@ -2,7 +2,8 @@
 
 A launched step will compute tokens of its requests and sample ids for some of them. Until it ends
 both count as the request's, so that the next step can be planned; this class alone changes those
-two numbers of a request.
+two numbers of a request. A row that samples is counted as one id: of a request that may get several
+no second step is in flight, so nothing is planned by that number.
 
     launch ──▶ num_in_flight_tokens + n, num_unread_tokens + 1 where the row samples
     end    ──▶ both back; what was computed joins num_computed_tokens, the id is known

@@ -38,7 +38,8 @@ class SamplingOptions:
     prompt and its position alone, never on the batch it runs in. `allowed_token_ids` None allows
     all.
     `num_logprobs` None means no log-probabilities, 0 the sampled token's only; the same for those
-    of the prompt. `logprob_token_ids` are reported wherever log-probabilities are.
+    of the prompt. `logprob_token_ids` are reported wherever log-probabilities are. `extensions` are
+    options of further logits processors that are set, by their names in the contract.
     """
 
     temperature: float
@@ -54,11 +55,17 @@ class SamplingOptions:
     allowed_token_ids: array[int] | None = None
     num_prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
+    extensions: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def shapes_logits(self) -> bool:
-        """Whether penalties, bias or allowed ids change the logits before the choice."""
-        return self.has_penalties or bool(self.logit_bias) or self.allowed_token_ids is not None
+        """Whether a logits processor changes the logits before the choice."""
+        listed = bool(self.logit_bias) or self.allowed_token_ids is not None
+        return self.has_penalties or listed or bool(self.extensions)
+
+    def extension(self, name: str, neutral: float) -> float:
+        """The value of an option without a field here, as the contract calls it."""
+        return dict(self.extensions).get(name, neutral)
 
     @property
     def has_penalties(self) -> bool:
@@ -161,7 +168,8 @@ class Phases:
 class RequestTimes:
     """Monotonic nanoseconds at which the request passed each gate; None until it has.
 
-    `token_gap` is the time between the last two tokens, for the inter-token histogram.
+    `token_gap` is the time from the tokens before the last ones, shared among those that came
+    together, for the inter-token histogram.
     """
 
     arrived: int
@@ -190,6 +198,8 @@ class Request:
     `num_computed_tokens` counts the tokens (prompt, then completion) whose K and V are in
     `block_ids`; preemption sets it back to 0. `num_in_flight_tokens` more are being computed by
     steps that have not ended, and `num_unread_tokens` ids are sampled there that nobody knows yet.
+    With `may_run_ahead` False the next step is planned only when all ids are known.
+    `num_last_tokens` is how many ids came together last: so many are pending while decoding.
     `deadline` is in monotonic nanoseconds. `events` are names (preempted, resumed) with monotonic
     nanoseconds, at most MAX_EVENTS. `number` is another one for every request of the process.
     `prompt_key` is that of the prompt, hashed once and shared by all completions.
@@ -214,6 +224,7 @@ class Request:
     cache_salt: str | None = None
     num_bytes: int = 0
     prompt_key: int = 0
+    may_run_ahead: bool = True
     number: int = field(default_factory=count().__next__)
     # owned by the scheduler
     arrival_number: int = 0
@@ -222,6 +233,7 @@ class Request:
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     num_unread_tokens: int = 0
+    num_last_tokens: int = 1
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     block_names: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
@@ -258,7 +270,7 @@ class Request:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that are sampled, known or not, and granted to no step yet; 1 while decoding."""
+        """Tokens that are sampled, known or not, and granted to no step yet; few while decoding."""
         sampled = self.num_tokens + self.num_unread_tokens
         return sampled - self.num_computed_tokens - self.num_in_flight_tokens
 
@@ -267,6 +279,16 @@ class Request:
         """Whether its length allows more than the ids that are known or still to be read."""
         num_completion_tokens = len(self.completion_token_ids) + self.num_unread_tokens
         return num_completion_tokens < self.stopping.max_tokens
+
+    @property
+    def may_be_planned(self) -> bool:
+        """Whether the next step can be planned now, though ids may still be unread."""
+        return self.may_run_ahead or not self.num_unread_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether nothing is pending but the ids that came last."""
+        return self.num_pending_tokens <= self.num_last_tokens
 
     def append(self, token_id: int) -> None:
         """Add a completion token."""
@@ -311,3 +333,11 @@ class RequestOutput(NamedTuple):
     stop_token_id: int | None = None
     error: Exception | None = None
     prompt_logprobs: tuple[SampledToken, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came, a stop id that the client does not see included."""
+        if self.stop_token_id is None:
+            return len(self.tokens)
+        shows_stop = bool(self.tokens) and self.tokens[-1].token_id == self.stop_token_id
+        return len(self.tokens) + (not shows_stop)

@@ -22,7 +22,7 @@ from nanoinfer_engine.core.batch import Batch, BatchRow, RowResult, ScoredPrompt
 from nanoinfer_engine.core.blocks import BlockTables
 from nanoinfer_engine.core.capacity import Capacity, Load
 from nanoinfer_engine.core.config import EngineConfig
-from nanoinfer_engine.core.errors import QueueTimeoutError
+from nanoinfer_engine.core.errors import QueueTimeoutError, RowError
 from nanoinfer_engine.core.in_flight import InFlight
 from nanoinfer_engine.core.queue import WaitingQueue
 from nanoinfer_engine.core.request import FinishReason, Request, RequestOutput, SampledToken
@@ -217,6 +217,7 @@ class Scheduler:
             if request not in self._running and request not in self._waiting:
                 continue
             request.num_graph_replays += kind == "graph"
+            num_before = len(request.completion_token_ids)
             try:
                 output = _take_result(request, row, result, now)
             except Exception as error:
@@ -224,7 +225,7 @@ class Scheduler:
                 continue
             if output is None:
                 continue
-            self._waiting.charge(request, 1)
+            self._waiting.charge(request, len(request.completion_token_ids) - num_before)
             if output.finish_reason is not None:
                 self._take_out(request)
             outputs.append(output)
@@ -251,11 +252,11 @@ class Scheduler:
             self._preempt(victim)
 
     def _grant_decodes(self, plan: Plan, requests: Sequence[Request]) -> bool:
-        """Grant a token to each of these; returns whether nobody had to be preempted."""
+        """Grant each what is pending; returns whether nobody had to be preempted."""
         num_running = len(self._running)
         for request in requests:
             if request in self._running and plan.budget and self._reserve(request, plan):
-                plan.grant(request, 1)
+                plan.grant(request, min(request.num_pending_tokens, plan.budget))
         # Now that no grant is revoked any more, what they fill can be found.
         self._remember(plan, plan.grants)
         if requests:
@@ -352,13 +353,14 @@ class Scheduler:
 
 
 def _split(running: Iterable[Request]) -> tuple[list[Request], list[Request]]:
-    """Of running requests who wants but one token, and who needs more, both in their order."""
+    """Running requests that decode, and those with more to compute, both in their order."""
     decodes, prefills = [], []
     for request in sorted(running, key=ORDER):
-        num_tokens = request.num_pending_tokens
-        if num_tokens > 1:
+        if not request.may_be_planned:
+            continue
+        if not request.is_decoding:
             prefills.append(request)
-        elif num_tokens and request.wants_more:
+        elif request.num_pending_tokens and request.wants_more:
             decodes.append(request)
     return decodes, prefills
 
@@ -386,11 +388,13 @@ def _make_row(request: Request, num_tokens: int, block_size: int, last_row: int 
     num_known, num_unread = request.num_tokens, request.num_unread_tokens
     sampling, stopping = request.sampling, request.stopping
     num_completion_tokens = len(request.completion_token_ids) + num_unread
+    samples = stop == num_known + num_unread
+    reads_ids = samples and not request.may_run_ahead
     return BatchRow(
         () if start >= num_known else request.tokens(start, stop),
         start,
         request.block_ids[: -(-stop // block_size)],
-        stop == num_known + num_unread,
+        samples,
         sampling,
         stopping.masked_token_ids(num_completion_tokens),
         request.token_counts,
@@ -398,6 +402,7 @@ def _make_row(request: Request, num_tokens: int, block_size: int, last_row: int 
         last_row if stop > num_known else None,
         request.number,
         request.prompt_key,
+        request.tokens(0, num_known) if reads_ids else (),
     )
 
 
@@ -413,8 +418,12 @@ def _take_result(
     if isinstance(result, ScoredPrompt):
         request.prompt_logprobs[row.start :] = result.tokens
         result = result.sampled
-    if result is None:
+    if row.samples != bool(result):
+        raise RowError(f"a row gave {len(result)} tokens where it samples: {row.samples}")
+    if not result:
         return None
+    if len(result) > 1 and request.num_unread_tokens:
+        raise RowError(f"a row gave {len(result)} tokens while the next step was in flight")
     is_first = not request.completion_token_ids
     output = _append(request, result, now)
     if is_first and request.prompt_logprobs:
@@ -422,17 +431,28 @@ def _take_result(
     return output
 
 
-def _append(request: Request, sampled: SampledToken, now: int) -> RequestOutput:
+def _append(request: Request, sampled: tuple[SampledToken, ...], now: int) -> RequestOutput:
+    """Add the tokens up to the first that ends the request; the others are dropped."""
     times, stopping = request.times, request.stopping
     if times.first_token is None:
         times.first_token = now
+    visible: list[SampledToken] = []
+    num_before = len(request.completion_token_ids)
+    reason: FinishReason | None = None
+    stop_id: int | None = None
+    for token in sampled:
+        request.append(token.token_id)
+        is_stop_id = token.token_id in stopping.stop_token_ids
+        if is_stop_id or token.token_id in stopping.eos_token_ids:
+            reason, stop_id = FinishReason.STOP, token.token_id
+        elif len(request.completion_token_ids) >= stopping.max_tokens:
+            reason = FinishReason.LENGTH
+        if stop_id is None or (is_stop_id and stopping.include_stop_token):
+            visible.append(token)
+        if reason is not None:
+            break
+    request.num_last_tokens = len(request.completion_token_ids) - num_before
     if times.last_token is not None:
-        times.token_gap = now - times.last_token
+        times.token_gap = (now - times.last_token) // request.num_last_tokens
     times.last_token = now
-    request.append(sampled.token_id)
-    is_stop_id = sampled.token_id in stopping.stop_token_ids
-    if is_stop_id or sampled.token_id in stopping.eos_token_ids:
-        visible = (sampled,) if is_stop_id and stopping.include_stop_token else ()
-        return RequestOutput(request, visible, FinishReason.STOP, sampled.token_id)
-    is_last = len(request.completion_token_ids) >= stopping.max_tokens
-    return RequestOutput(request, (sampled,), FinishReason.LENGTH if is_last else None)
+    return RequestOutput(request, tuple(visible), reason, stop_id)

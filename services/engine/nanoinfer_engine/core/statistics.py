@@ -128,8 +128,8 @@ class Statistics:
         """Count what a step gave its requests."""
         for output in outputs:
             request = output.request
-            if output.tokens or output.stop_token_id is not None:
-                self._record_token(request)
+            if output.num_tokens:
+                self._record_tokens(request, output.num_tokens)
             if output.finish_reason is not None:
                 self._record_end(request, output.finish_reason)
 
@@ -147,15 +147,18 @@ class Statistics:
             idle_share=self._recent_idle / max(self._recent_busy + self._recent_idle, NANOSECONDS),
         )
 
-    def _record_token(self, request: Request) -> None:
-        self._counters["completion_tokens"] += 1
+    def _record_tokens(self, request: Request, num_tokens: int) -> None:
+        """Count tokens that came together; those with the first one came no time after it."""
+        self._counters["completion_tokens"] += num_tokens
+        gap, num_gaps = request.times.token_gap or 0, num_tokens
         if request.times.token_gap is None:
+            num_gaps -= 1
             self._record_prompt(request)
             phases = request.times.phases_to_first_token()
             self._histograms["time_to_first_token"].observe(phases.total * NANOSECONDS)
             self._histograms["prefill"].observe(phases.prefill * NANOSECONDS)
-        else:
-            self._histograms["inter_token"].observe(request.times.token_gap * NANOSECONDS)
+        for _ in range(num_gaps):
+            self._histograms["inter_token"].observe(gap * NANOSECONDS)
 
     def _record_prompt(self, request: Request) -> None:
         """Count a prompt that has been computed; queries and hits of the cache are in tokens."""

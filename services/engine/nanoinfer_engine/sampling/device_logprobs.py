@@ -29,15 +29,16 @@ class SampledScores:
     def add_to(self, results: list[RowResult]) -> None:
         """Complete the rows' results; the step must have ended, and their ids stand there."""
         sampled = [results[index] for index in self.rows]
-        ids = [each.token_id if isinstance(each, SampledToken) else -1 for each in sampled]
+        ids = [each[0].token_id if isinstance(each, tuple) else -1 for each in sampled]
         options = [
             (row.sampling.num_logprobs or 0, row.sampling.logprob_token_ids)
             for row in self.rows.values()
         ]
         tokens = tokens_of(self.scores, ids, options)
         for (index, row), token in zip(self.rows.items(), tokens, strict=True):
-            if isinstance(results[index], SampledToken):
-                results[index] = _refusal(row, self.vocab_size) or token
+            if isinstance(results[index], tuple):
+                refusal = _refusal(row, self.vocab_size)
+                results[index] = refusal or ((token,) if isinstance(token, SampledToken) else token)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PromptScores:
     def add_to(self, results: list[RowResult]) -> None:
         """Complete the row's result, as `SampledScores` do."""
         options, sampled = self.row.sampling, results[self.index]
-        if not (sampled is None or isinstance(sampled, SampledToken)):
+        if not isinstance(sampled, tuple):
             return
         ids = self.row.scored_token_ids
         asked = (options.num_prompt_logprobs or 0, options.logprob_token_ids)

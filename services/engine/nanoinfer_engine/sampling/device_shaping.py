@@ -2,27 +2,25 @@
 
 Slots are a cache by request, the least recently used given up first. The kernels count each id
 they choose, so a request that goes on step after step brings nothing; a slot is written anew where
-it is new, where the ids that are held back have changed, and where it does not hold exactly the
-tokens that the row says have come (a step was lost).
+it is new, where a processor adds something else than in the step before, and where it does not hold
+exactly the tokens that the row says have come (a step was lost).
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nanoinfer_engine.core.batch import BatchRow, RowResult
 from nanoinfer_engine.core.errors import SamplingError
-from nanoinfer_engine.core.request import TokenCounts
-
-Entries = tuple[NDArray[np.int64], NDArray[np.int32] | NDArray[np.float32]]
+from nanoinfer_engine.sampling.processors import bias_version, device_bias, is_shaped
+from nanoinfer_engine.sampling.processors.base import Entries
+from nanoinfer_engine.sampling.processors.penalties import count_entries
 
 
 @dataclass
@@ -31,7 +29,7 @@ class _Slot:
 
     index: int
     num_counted: int | None = None
-    masked_token_ids: frozenset[int] | None = None
+    bias_version: Hashable = None
 
 
 class ShapingSlots:
@@ -52,11 +50,7 @@ class ShapingSlots:
         The second are rows that cannot be shaped, with their SamplingError. `places` says where in
         `sampled` the ids are that the previous step chose.
         """
-        wanted = [
-            index
-            for index, row in enumerate(rows)
-            if row.samples and (row.masked_token_ids or row.sampling.shapes_logits)
-        ]
+        wanted = [index for index, row in enumerate(rows) if row.samples and is_shaped(row)]
         for index in wanted:  # first: what this step needs is not given up for its newcomers
             if rows[index].request_number in self._held:
                 self._held.move_to_end(rows[index].request_number)
@@ -82,12 +76,13 @@ class ShapingSlots:
         return slot
 
     def _write_bias(self, slot: _Slot, row: BatchRow) -> None:
-        if slot.masked_token_ids == row.masked_token_ids:
+        version = bias_version(row)
+        if slot.bias_version == version:
             return
-        slot.masked_token_ids = None
-        base = 0.0 if row.sampling.allowed_token_ids is None else -math.inf
-        self._write(self._bias[slot.index], base, _bias(row))
-        slot.masked_token_ids = row.masked_token_ids
+        slot.bias_version = None
+        bias = device_bias(row)
+        self._write(self._bias[slot.index], bias.base, bias.entries())
+        slot.bias_version = version
 
     def _write_counts(
         self, slot: _Slot, row: BatchRow, places: Mapping[int, int], sampled: Tensor
@@ -100,7 +95,7 @@ class ShapingSlots:
         slot.num_counted = None
         if not is_right:
             own = self._counts[slot.index]
-            self._write(own, 0, _times(counts or TokenCounts(())))
+            self._write(own, 0, count_entries(counts))
             if row.source_row is not None:
                 place = places[row.source_row]
                 token = sampled[place : place + 1].long().clamp(min=0)  # -1 ends the request
@@ -121,23 +116,3 @@ class ShapingSlots:
             packed = packed.pin_memory()
         positions, bits = packed.to(table.device, non_blocking=True)
         table.scatter_(0, positions.long(), bits.view(table.dtype))
-
-
-def _times(counts: TokenCounts) -> Entries:
-    """The ids of prompt and completion as the kernels count them."""
-    times = np.array(counts.counts, dtype=np.int32)
-    return np.array(counts.token_ids), np.maximum(2 * times, np.int32(1))
-
-
-def _bias(row: BatchRow) -> Entries:
-    """What is added to the logits after the penalties: bias, then allowed ids, then masks."""
-    allowed = row.sampling.allowed_token_ids
-    added = dict.fromkeys(allowed or (), 0.0)
-    added |= {
-        token_id: value
-        for token_id, value in row.sampling.logit_bias
-        if allowed is None or token_id in added
-    }
-    added |= dict.fromkeys(row.masked_token_ids, -math.inf)
-    ids = np.fromiter(added, np.int64, len(added))
-    return ids, np.fromiter(added.values(), np.float32, len(added))

@@ -106,7 +106,7 @@ def score_prompts(
     for index, (row, result) in enumerate(zip(rows, results, strict=True)):
         own = hidden[first : first + len(row.scored_token_ids)]
         first += row.num_tokens
-        if row.scored_token_ids and (result is None or isinstance(result, SampledToken)):
+        if row.scored_token_ids and isinstance(result, tuple):
             try:
                 scored[index] = ScoredPrompt(_score_prompt(row, own, to_logits), result)
             except Exception as error:  # isolation: whatever one row provokes stays with that row

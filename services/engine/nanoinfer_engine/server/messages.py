@@ -25,6 +25,7 @@ from nanoinfer_engine.core.request import (
     StoppingOptions,
     prompt_key,
 )
+from nanoinfer_engine.sampling.processors import EXTENSIONS, may_run_ahead
 from nanoinfer_engine.weights.generation_config import SamplingDefaults
 
 FEATURES = frozenset(
@@ -93,6 +94,7 @@ class ServedModel:
                 frequency_penalty=0.0,
                 presence_penalty=0.0,
                 n=1,
+                **EXTENSIONS,
             ),
             stated_sampling=generation_pb2.SamplingParams(
                 **{name: getattr(self.defaults, name) for name in self.defaults.stated}
@@ -148,6 +150,7 @@ class ServedModel:
         _check_scores(first, len(prompt))
         others = replace(first, num_prompt_logprobs=None)
         arrived, num_bytes, key = time.monotonic_ns(), proto.ByteSize(), prompt_key(prompt)
+        runs_ahead = may_run_ahead(first)
         return [
             Request(
                 request_id=metadata.request_id,
@@ -162,6 +165,7 @@ class ServedModel:
                 cache_salt=proto.cache_salt if proto.HasField("cache_salt") else None,
                 num_bytes=num_bytes,
                 prompt_key=key,
+                may_run_ahead=runs_ahead,
             )
             for index in range(sampling.n if sampling.HasField("n") else 1)
         ]
@@ -197,6 +201,11 @@ class ServedModel:
             allowed_token_ids=array("q", allowed) if allowed else None,
             num_prompt_logprobs=response.prompt_logprobs if scores_prompt else None,
             logprob_token_ids=listed,
+            extensions=tuple(
+                (name, getattr(params, name))
+                for name, neutral in EXTENSIONS.items()
+                if params.HasField(name) and getattr(params, name) != neutral
+            ),
         )
 
     def _stopping(

@@ -70,7 +70,7 @@ class DeviceStep:
             self._copied.synchronize()
             ids: list[int] = [] if self._ids is None else self._ids.tolist()
             for row, place in self._places.items():
-                if self._results[row] is None:
+                if not isinstance(self._results[row], Exception):
                     self._results[row] = _result(ids[place])
             for scores in self._scores:
                 scores.add_to(self._results)
@@ -85,7 +85,7 @@ class DeviceStep:
 def _result(token_id: int) -> RowResult:
     if token_id < 0:
         return SamplingError("logits are not finite, or every token id is masked")
-    return SampledToken(token_id)
+    return (SampledToken(token_id),)
 
 
 class DeviceSteps:
@@ -145,7 +145,7 @@ class DeviceSteps:
             ids = torch.empty(len(self._places), dtype=torch.int32, pin_memory=True)
             ids.copy_(self._sampled[: len(ids)], non_blocking=True)
             scores = measure_sampled(rows, self._places, logits, self._sampled)
-        results = [failed.get(row) for row in range(len(rows))]
+        results = [failed.get(row, ()) for row in range(len(rows))]
         events = self._clock.end(kind)
         return DeviceStep(ids, self._places, results, [*scores, *prompts], events, events.end)
 
@@ -166,7 +166,7 @@ class DeviceSteps:
         scores = measure_sampled(rows, self._places, logits, self._sampled)
         events = self._clock.end("graph" if replays else "eager")
         ids, copied = self._buffers.bring(count, events.end)
-        results = [failed.get(row) for row in range(count)]
+        results = [failed.get(row, ()) for row in range(count)]
         return DeviceStep(ids, self._places, results, scores, events, copied)
 
     def _launch_mixed(

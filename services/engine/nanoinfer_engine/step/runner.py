@@ -167,14 +167,14 @@ class ModelRunner:
         # where all tokens are wanted there is nothing to pick out
         kept = None if scores or len(wanted) == len(inputs.token_ids) else wanted
         hidden = self._model(self._ops, step, kept)
-        results: list[RowResult] = [None] * len(batch.rows)
+        results: list[RowResult] = [()] * len(batch.rows)
         sampling = [index for index, row in enumerate(batch.rows) if row.samples]
         if sampling:
             own = hidden if len(hidden) == len(wanted) else hidden.index_select(0, wanted)
             logits = self._logits(own)
             sampled = sample(logits, [batch.rows[index] for index in sampling])
             for index, result in zip(sampling, sampled, strict=True):
-                results[index] = result
+                results[index] = result if isinstance(result, Exception) else (result,)
         if scores:
             return score_prompts(batch.rows, hidden, results, self._logits)
         return results

@@ -1,4 +1,4 @@
-"""Penalties, bias and masks on the device: `sampling.shaping`, for the kernels.
+"""Logits processors on the device: `sampling.processors`, for the kernels.
 
 A shaped row has a slot in two tables [slots, vocabulary]. `counts` holds 0 for an id that has not
 occurred, 1 for one of the prompt alone, else twice how often it came in the completion, plus 1 if
