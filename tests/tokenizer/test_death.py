@@ -46,7 +46,7 @@ async def test_a_stream_of_ids_goes_on_elsewhere_from_what_was_received(
     directory_of: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    tokens = loaded("gpt2").encoding.vocabulary.tokens
+    tokens = loaded("gpt2").encoding.vocabulary.spelling.tokens
     # Single bytes, so that characters are incomplete at most places.
     token_ids = [tokens.index(bytes([byte])) for byte in TEXT.encode()]
     with ExitStack() as stack:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nanoinfer.v1 import tokenizer_pb2 as pb
 from nanoinfer_common import names
 from nanoinfer_tokenizer import encodings
+from nanoinfer_tokenizer.document import read_added_tokens
 from nanoinfer_tokenizer.encodings import (
     AddedToken,
     AddedTokens,
@@ -207,7 +208,8 @@ async def test_a_batch_whose_call_has_ended_stops_at_its_next_text(
 
 def library_encoding(directory: Path) -> LibraryEncoding:
     """The family's tokenizer on the `tokenizers` library, which must not need tiktoken to do it."""
-    return LibraryEncoding(json.loads((directory / "tokenizer.json").read_text()), "test")
+    document = json.loads((directory / "tokenizer.json").read_text())
+    return LibraryEncoding(document, read_added_tokens(document), "test")
 
 
 async def gets_a_turn_during(work: Callable[[], object]) -> bool:
