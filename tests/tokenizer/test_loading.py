@@ -109,7 +109,10 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerFileError, match="cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(TokenizerFileError, match="JSON object"):
+    with pytest.raises(TokenizerFileError, match=r"^tokenizer\.json is not a JSON object$"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(TokenizerFileError, match=r"^tokenizer\.json is a Git LFS pointer"):
         load_tokenizer(tmp_path)
 
 
