@@ -228,6 +228,6 @@ def _with_model(settings: StackSettings) -> StackSettings:
             chosen = root / "models/guide"
     if chosen is None:
         raise typer.BadParameter("no model: give --model, or set NANOINFER_MODEL")
-    if not chosen.exists():
-        raise typer.BadParameter(f"no such model: {chosen}")
+    if reason := import_module("nanoinfer_common.model_paths").unservable(chosen):
+        raise typer.BadParameter(f"{chosen}: {reason}")
     return replace(settings, model=chosen)
