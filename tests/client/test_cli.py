@@ -228,6 +228,12 @@ def test_exit_codes(
         ["complete", "--regex", "a", "--grammar", "b", "x"],
         ["complete", "--tenant", "ä", "x"],
         ["complete", "--no-such-flag", "x"],
+        ["chat", "--tenant", "ä", "x"],
+        ["chat", "--metadata", "a b=1", "x"],
+        ["chat", "--model", "\udcff", "x"],
+        ["count", "\udcff"],
+        ["count", "--chat", "\udcff"],
+        ["count", "--model", "\udcff", "x"],
         ["trace", "--target", "127.0.0.1:1", "--model", "x", "y"],
         ["trace", "--collector", "127.0.0.1:1", "y"],
         ["trace", "--raw", "--system", "s", "y"],
@@ -238,7 +244,8 @@ def test_exit_codes(
 )
 def test_usage_errors(arguments: list[str], target: str, tmp_path: Path) -> None:
     arguments = [str(tmp_path / "no") if each == "MISSING" else each for each in arguments]
-    where = ["--target", target] if arguments[0] == "complete" else []
+    asks = arguments[0] in ("chat", "complete", "count")
+    where = ["--target", target] if asks else []
     assert run(*arguments[:1], *where, *arguments[1:]).exit_code == 2
 
 

@@ -146,7 +146,7 @@ def count(
 ) -> None:
     """Count the tokens of a prompt."""
     text = arguments.read_prompt(prompt)
-    with gateway.connect() as client:
+    with gateway.connect() as client, console.usage_errors():
         num_tokens = client.count_tokens(conversation(text, None) if chat else text, model=model)
     console.show(str(num_tokens), {"num_tokens": num_tokens}, json)
 
