@@ -84,7 +84,9 @@ def load_tokenizer(
         raise TokenizerFileError(str(error)) from error
     except RecursionError as error:
         raise TokenizerFileError(f"the tokenizer at {path} is nested too deep") from error
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
+        raise TokenizerFileError(f"the tokenizer at {path} cannot be read: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerFileError(f"the tokenizer at {path} cannot be read: {error!r}") from error
 
 
