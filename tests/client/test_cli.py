@@ -228,6 +228,12 @@ def test_exit_codes(
         ["complete", "--regex", "a", "--grammar", "b", "x"],
         ["complete", "--tenant", "ä", "x"],
         ["complete", "--no-such-flag", "x"],
+        ["chat", "--tenant", "ä", "x"],
+        ["chat", "--metadata", "a b=1", "x"],
+        ["chat", "--model", "\udcff", "x"],
+        ["count", "\udcff"],
+        ["count", "--chat", "\udcff"],
+        ["count", "--model", "\udcff", "x"],
         ["trace", "--target", "127.0.0.1:1", "--model", "x", "y"],
         ["trace", "--collector", "127.0.0.1:1", "y"],
         ["trace", "--raw", "--system", "s", "y"],
@@ -238,8 +244,34 @@ def test_exit_codes(
 )
 def test_usage_errors(arguments: list[str], target: str, tmp_path: Path) -> None:
     arguments = [str(tmp_path / "no") if each == "MISSING" else each for each in arguments]
-    where = ["--target", target] if arguments[0] == "complete" else []
+    asks = arguments[0] in ("chat", "complete", "count")
+    where = ["--target", target] if asks else []
     assert run(*arguments[:1], *where, *arguments[1:]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B"),
+        ("no-such-directory", "no such file or directory"),
+        ("weights.gguf", "GGUF is not supported"),
+        ("adapter", "merge"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["up", "trace"])
+def test_a_model_that_cannot_be_served_is_refused_with_advice_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str, model: str, advice: str
+) -> None:
+    monkeypatch.setattr(stack, "Stack", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.chdir(tmp_path)
+    Path("weights.gguf").write_bytes(b"GGUF")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    result = run(verb, "--model", model, *(["x"] if verb == "trace" else []))
+    assert result.exit_code == 2
+    assert f"{model}: " in result.stderr
+    assert advice in result.stderr
 
 
 UP_ENVIRONMENT = {

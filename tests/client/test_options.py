@@ -206,6 +206,7 @@ def test_metadata_that_cannot_travel(client: Client, options: Any) -> None:
         ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "'type'"),
         ({"role": "user", "content": {"image_url": "x"}}, "'image_url'"),
         ({"role": "user", "content": b"x"}, "int"),
+        ({"role": "assistant", "content": None}, "content is text, .* not NoneType"),
         ("hello", "str"),
     ],
 )

@@ -315,7 +315,16 @@ def test_every_port_that_is_asked_for_is_looked_at() -> None:
         ("127.0.0.1", 9001),
         ("127.0.0.1", 9002),
     ]
-    assert list(_wanted(Ports(port=0, metrics_port=0))) == []
+    assert list(_wanted(Ports(port=0, metrics_port=0))) == [("127.0.0.1", 0)]
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_a_foreign_host_is_told_before_anything_is_started(events_file: Path, host: str) -> None:
+    with Interrupts() as interrupts:
+        settings = StackSettings(Path("m"), commands=commands({}))
+        with pytest.raises(CommandError, match=f"cannot listen on port 0 of {host}: "):
+            Stack(settings, interrupts, Ports(port=0, host=host))
+    assert events(events_file) == []
 
 
 def test_a_port_that_is_taken_elsewhere_is_free_here(events_file: Path) -> None:

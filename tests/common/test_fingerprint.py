@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from nanoinfer_common.fingerprint import tokenizer_fingerprint
+from nanoinfer_common.json_files import JsonFileError
 
 TOKENIZER: dict[str, Any] = {
     "version": "1.0",
@@ -163,7 +164,11 @@ def test_none_and_errors(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(checkpoint) is None
     with pytest.raises(FileNotFoundError):
         tokenizer_fingerprint(tmp_path / "missing")
-    for content in ("", "[]", "{}", '{"model": []}', '{"model": {"vocab": 3}}', "\x00"):
+    for content in ("", "[]", "\x00"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(JsonFileError, match=r"^tokenizer\.json "):
+            tokenizer_fingerprint(tmp_path)
+    for content in ("{}", '{"model": []}', '{"model": {"vocab": 3}}'):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match="is not a tokenizer"):
             tokenizer_fingerprint(tmp_path)
@@ -171,6 +176,13 @@ def test_none_and_errors(tmp_path: Path) -> None:
     bad.write_text("YQ== one\n")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         tokenizer_fingerprint(bad)
+
+
+def test_a_damaged_companion_is_named_instead_of_the_tokenizer(tmp_path: Path) -> None:
+    write(tmp_path, TOKENIZER)
+    (tmp_path / "tokenizer_config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"^tokenizer_config\.json is a Git LFS pointer"):
+        tokenizer_fingerprint(tmp_path)
 
 
 def test_big_vocabularies_are_quick(tmp_path: Path) -> None:

@@ -109,8 +109,18 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerFileError, match="cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(TokenizerFileError, match="JSON object"):
+    with pytest.raises(TokenizerFileError, match=r"^tokenizer\.json is not a JSON object$"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(TokenizerFileError, match=r"^tokenizer\.json is a Git LFS pointer"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_eos_token_of_another_form_is_refused_in_words(model: Path) -> None:
+    (model / "tokenizer_config.json").write_text('{"eos_token": 3}')
+    told = r"cannot be read: tokenizer_config\.json: eos_token is 3, must be a token's text$"
+    with pytest.raises(TokenizerFileError, match=told):
+        load_tokenizer(model)
 
 
 def test_a_huge_id_does_not_make_a_huge_table(model: Path) -> None:
@@ -269,7 +279,7 @@ def test_deeply_nested_files_are_refused(name: str, whole: bool, model: Path) ->
     (model / name).write_text(text)
     with pytest.raises(TokenizerFileError, match=r"deep|cannot be read"):
         load_tokenizer(model)
-    with pytest.raises(ValueError, match="not a tokenizer"):
+    with pytest.raises(ValueError, match=f"^{name} cannot be read"):
         tokenizer_fingerprint(model)
 
 

@@ -129,6 +129,8 @@ def _message(message: Message) -> dict[str, Any]:
     if wrong := sorted(map(str, set(message) ^ {"role", "content"})):
         raise TypeError(f"a message is {{'role', 'content'}}; unknown or missing: {wrong}")
     content = message["content"]
+    if not isinstance(content, Iterable):
+        raise TypeError(f"content is text, or pieces of text, not {type(content).__name__}")
     texts = [content] if isinstance(content, str | Mapping) else list(content)
     for text in texts:
         if not isinstance(text, str):

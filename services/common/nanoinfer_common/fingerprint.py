@@ -25,7 +25,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
-from nanoinfer_common.json_files import read_object, read_optional_object
+from nanoinfer_common.json_files import JsonFileError, read_object, read_optional_object
 
 FORMAT: Final = "nanoinfer-tokenizer-1"
 SECTIONS: Final = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -42,6 +42,8 @@ def tokenizer_fingerprint(path: Path) -> bytes | None:
     try:
         document = _ranks(file) if file.suffix == ".tiktoken" else _tokenizer_json(file)
         document |= {"format": FORMAT, **_companions(file.parent)}
+    except JsonFileError:
+        raise  # names the file at fault, which may be one beside `file`
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a tokenizer: {error!r}") from error
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

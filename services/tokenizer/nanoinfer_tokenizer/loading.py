@@ -14,6 +14,7 @@ from typing import Any
 from nanoinfer_common.eos import eos_token_ids
 from nanoinfer_common.fingerprint import find_tokenizer
 from nanoinfer_common.json_files import (
+    JsonFileError,
     is_lfs_pointer,
     lfs_message,
     read_object,
@@ -79,9 +80,13 @@ def load_tokenizer(
         return _with_neighbours(path, file, encoding, frame, model or path)
     except TokenizerFileError:
         raise
+    except JsonFileError as error:
+        raise TokenizerFileError(str(error)) from error
     except RecursionError as error:
         raise TokenizerFileError(f"the tokenizer at {path} is nested too deep") from error
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
+        raise TokenizerFileError(f"the tokenizer at {path} cannot be read: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerFileError(f"the tokenizer at {path} cannot be read: {error!r}") from error
 
 

@@ -199,6 +199,25 @@ def test_what_a_checkpoint_states_is_told_from_what_it_leaves_open(
 
 
 @pytest.mark.parametrize(
+    ("text", "unread"),
+    [
+        ("{}", ()),
+        ('{"temperature": 0.5, "eos_token_id": [1], "max_new_tokens": 9, "do_sample": true}', ()),
+        ('{"no_repeat_ngram_size": 0, "bad_words_ids": null, "num_beams": 1}', ()),
+        (
+            '{"suppress_tokens": [3], "no_repeat_ngram_size": 1, "typical_p": 0.9, "x": {"a": 1}}',
+            ("no_repeat_ngram_size", "suppress_tokens", "typical_p", "x"),
+        ),
+    ],
+)
+def test_fields_of_a_checkpoint_without_effect_are_named(
+    tmp_path: Path, text: str, unread: tuple[str, ...]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    assert read_sampling_defaults(tmp_path).unread == unread
+
+
+@pytest.mark.parametrize(
     "text", ["[", "[]", '{"temperature": "hot"}', '{"top_p": 0}', '{"temperature": NaN}']
 )
 def test_invalid_defaults_refuse_the_checkpoint(tmp_path: Path, text: str) -> None:

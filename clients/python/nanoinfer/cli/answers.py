@@ -5,8 +5,6 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-import typer
-
 from nanoinfer.cli import console
 from nanoinfer.cli.sampling import chat_options
 from nanoinfer.client import Client
@@ -27,10 +25,8 @@ def conversation(text: str, system: str | None) -> list[Message]:
 
 def open_stream(client: Client, prompt: str | Messages, options: Mapping[str, Any]) -> Stream:
     """Asks; what the wire cannot carry is a usage error."""
-    try:
+    with console.usage_errors():
         return client.stream(prompt, **options)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def show(

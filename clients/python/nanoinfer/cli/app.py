@@ -146,7 +146,7 @@ def count(
 ) -> None:
     """Count the tokens of a prompt."""
     text = arguments.read_prompt(prompt)
-    with gateway.connect() as client:
+    with gateway.connect() as client, console.usage_errors():
         num_tokens = client.count_tokens(conversation(text, None) if chat else text, model=model)
     console.show(str(num_tokens), {"num_tokens": num_tokens}, json)
 
@@ -228,6 +228,6 @@ def _with_model(settings: StackSettings) -> StackSettings:
             chosen = root / "models/guide"
     if chosen is None:
         raise typer.BadParameter("no model: give --model, or set NANOINFER_MODEL")
-    if not chosen.exists():
-        raise typer.BadParameter(f"no such model: {chosen}")
+    if reason := import_module("nanoinfer_common.model_paths").unservable(chosen):
+        raise typer.BadParameter(f"{chosen}: {reason}")
     return replace(settings, model=chosen)

@@ -3,7 +3,8 @@
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, Self
 
@@ -90,6 +91,15 @@ def report(error: errors.NanoInferError, as_json: bool) -> None:
         described = {item.name: getattr(error, item.name) for item in fields(error)}
         del described["partial"]
         show("", {"error": described | {"code": error.code.name}}, as_json)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Makes usage errors of options and texts that the wire cannot carry."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

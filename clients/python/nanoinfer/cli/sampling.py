@@ -25,7 +25,8 @@ def chat_options(
 ) -> dict[str, Any]:
     """The options with this chat's sampling; says on standard error what was added to them."""
     settings: Any = {name: options[name] for name in _OF_CALLS if name in options}
-    model = client.model_info(options.get("model"), **settings)
+    with console.usage_errors():
+        model = client.model_info(options.get("model"), **settings)
     added = _gentle(model, options)
     if added or always_shown:
         console.note(_described(model, options, added))

@@ -228,9 +228,11 @@ def _forward(name: str, line: str) -> None:
 
 
 def _wanted(ports: Ports) -> Iterator[tuple[str, int]]:
-    """The addresses that the flags ask for, other than free ones and the collector's."""
-    if ports.port:
-        yield ports.host, ports.port
+    """The addresses that the flags ask for, the collector's apart.
+
+    The host is looked at with a free port, too: it may be none of this machine's.
+    """
+    yield ports.host, ports.port
     if ports.metrics_port:
         for number, name in enumerate(SERVICES):
             host = ports.host if name == "gateway" else LOOPBACK

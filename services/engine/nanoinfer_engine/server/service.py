@@ -129,6 +129,10 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 architecture=runner.model_config.model_type,
                 fields=", ".join(unread),
             )
+        if defaults.unread:
+            log.warning(
+                "generation_config.json fields without effect", fields=", ".join(defaults.unread)
+            )
 
     async def drain(self, seconds: float) -> None:
         """Finish what was admitted, at most this long."""

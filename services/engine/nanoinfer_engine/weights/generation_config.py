@@ -9,17 +9,34 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from nanoinfer_engine.core.config import CheckpointError
 from nanoinfer_engine.models.model_config import read_json
+
+_READ: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# of the other fields, those that another file or the request decides about, or that say nothing
+# about the text
+_HARMLESS: Final = """
+do_sample eos_token_id bos_token_id pad_token_id decoder_start_token_id transformers_version
+_from_model_config max_length max_new_tokens use_cache cache_implementation cache_config
+output_attentions output_hidden_states output_scores output_logits return_dict_in_generate
+trust_remote_code chat_format
+"""
+# values with which a field does nothing, and the fields that do nothing at 1
+_NEUTRAL: Final[tuple[Any, ...]] = (None, False, 0, [], {})
+_NEUTRAL_AT_ONE: Final = """
+num_beams num_beam_groups num_return_sequences typical_p length_penalty guidance_scale
+encoder_repetition_penalty
+"""
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
     """Values for unset fields; the initial ones hold where the checkpoint says nothing.
 
-    `stated` names the fields that the checkpoint does say something about.
+    `stated` names the fields that the checkpoint does say something about, `unread` those of the
+    file that have no effect here.
     """
 
     temperature: float = 1.0
@@ -28,6 +45,7 @@ class SamplingDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stated: frozenset[str] = field(default=frozenset(), compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
@@ -50,13 +68,22 @@ def read_sampling_defaults(model_path: Path) -> SamplingDefaults:
         min_p=_number(values, "min_p", 0.0, 0, 1),
         repetition_penalty=_number(values, "repetition_penalty", 1.0, 1e-6, 10),
         stated=_stated(values),
+        unread=_unread(values),
     )
 
 
 def _stated(values: Mapping[str, Any]) -> frozenset[str]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     greedy = {"temperature"} if values.get("do_sample") is False else set()
-    return frozenset(greedy | {name for name in names if values.get(name) is not None})
+    return frozenset(greedy | {name for name in _READ if values.get(name) is not None})
+
+
+def _unread(values: Mapping[str, Any]) -> tuple[str, ...]:
+    meant = {
+        name
+        for name, value in values.items()
+        if value not in _NEUTRAL and not (value == 1 and name in _NEUTRAL_AT_ONE.split())
+    }
+    return tuple(sorted(meant - {*_READ} - {*_HARMLESS.split()}))
 
 
 def _number(
