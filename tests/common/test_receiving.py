@@ -225,6 +225,26 @@ async def test_slow_senders_keep_nobody_waiting() -> None:
         assert client.stream(slow[1]).trailers["grpc-status"] == "0"
 
 
+async def test_many_slow_senders_together_hold_a_place_for_less_time_each() -> None:
+    """A crowd that only opens streams: who comes after it waits for no second of each of them."""
+    inbox = Inbox(max_bytes=40, max_message_bytes=10, max_hold_seconds=3600)
+    crowd = [asyncio.create_task(inbox.read(Messages())) for _ in range(40_000)]
+    await asyncio.sleep(0)
+    whole = Messages()
+    whole.come.set()
+    try:
+        # Alone, or with few behind them, the first two would keep their places for an hour.
+        await asyncio.wait(crowd[:2], timeout=60)
+        for refused in crowd[:2]:
+            with pytest.raises(ServiceError, match="too slowly"):
+                refused.result()
+    finally:
+        for task in crowd:
+            task.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+    assert await inbox.read(whole) == b"message"
+
+
 class Messages:
     """A context whose message comes when it is told."""
 

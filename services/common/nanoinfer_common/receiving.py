@@ -5,8 +5,10 @@ bytes are bounded before they are parsed, and an error of parsing has a status l
 
 A message being read may become as large as the largest that is allowed, so few are read at one
 time; the rest waits in HTTP/2's flow control, where a stream holds 64 KiB at most. A message that
-has been read counts with its bytes until its call ends. Slow senders keep nobody waiting: with all
-places taken, the message that has been arriving for longest is given up.
+has been read counts with its bytes until its call ends. Slow senders keep others waiting for a few
+seconds at most: with all places taken, the message that has been arriving for longest is given up.
+The more wait, the sooner: a sender of headers alone would hold each of its streams' places for all
+the time that is allowed.
 """
 
 import asyncio
@@ -20,11 +22,14 @@ from google.protobuf.message import DecodeError
 from nanoinfer_common import errors, names
 from nanoinfer_common.errors import ServiceError, invalid
 from nanoinfer_common.interruption import Interruptible
-from nanoinfer_common.overdue import Overdue
 
 RETRY_AFTER_SECONDS: Final = 1.0
 # A sender that needs longer than this for a message loses its place to others, if they need it.
 MAX_HOLD_SECONDS: Final = 1.0
+# The same where the most wait: a message that has arrived whole is read within a few milliseconds.
+MIN_HOLD_SECONDS: Final = 0.05
+# After a pause of this process, what came meanwhile is read first.
+GRACE_SECONDS: Final = 0.01
 CANCEL_SECONDS: Final = 1.0
 
 
@@ -37,11 +42,13 @@ class Inbox:
         """Half of `max_bytes` is for messages being read, the other half for those read."""
         self._max_held_bytes = max(max_bytes // 2, max_message_bytes)
         self.num_held_bytes = 0
-        self._places = asyncio.Semaphore(max(1, max_bytes // 2 // max_message_bytes))
+        self._num_places = max(1, max_bytes // 2 // max_message_bytes)
+        self._places = asyncio.Semaphore(self._num_places)
+        self._max_hold_seconds = max_hold_seconds
         self._num_waiting = 0
-        self._reading: Overdue[Interruptible] = Overdue(max_hold_seconds, self._is_slow)
-        self._slow: dict[Interruptible, None] = {}
+        self._reading: dict[Interruptible, float] = {}  # since when, the oldest first
         self._given_up: set[Interruptible] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def read(self, context: Any) -> bytes:
         """Read the one message of a unary request.
@@ -49,21 +56,21 @@ class Inbox:
         Raises ServiceError: RESOURCE_EXHAUSTED for a sender that others cannot wait for, and
         INVALID_ARGUMENT where the stream ends without a message.
         """
+        loop = asyncio.get_running_loop()
         self._num_waiting += 1
         try:
-            if self._places.locked() and self._slow:
-                self._give_up(next(iter(self._slow)))
+            if self._timer is None and self._places.locked():
+                self._look_later()
             await self._places.acquire()
         finally:
             self._num_waiting -= 1
         try:
             with Interruptible(_too_slow) as reading:
-                self._reading.add(reading)
+                self._reading[reading] = loop.time()
                 try:
                     raw = await context.read()
                 finally:
-                    self._reading.discard(reading)
-                    self._slow.pop(reading, None)
+                    self._reading.pop(reading, None)
                     self._given_up.discard(reading)
         finally:
             self._places.release()
@@ -89,16 +96,31 @@ class Inbox:
         finally:
             self.num_held_bytes -= num_bytes
 
-    def _is_slow(self, reading: Interruptible) -> None:
-        self._slow[reading] = None
-        self._give_up(reading)
+    def _hold_seconds(self) -> float:
+        """Return how long a sender keeps its place: shorter the more wait for one."""
+        share = self._num_places / max(self._num_waiting, self._num_places)
+        return min(self._max_hold_seconds, max(MIN_HOLD_SECONDS, self._max_hold_seconds * share))
 
-    def _give_up(self, reading: Interruptible) -> None:
-        """End it where more wait than places are about to be free."""
-        if self._num_waiting > len(self._given_up):
-            del self._slow[reading]
+    def _look_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(MIN_HOLD_SECONDS, self._pause)
+
+    def _pause(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(GRACE_SECONDS, self._look)
+
+    def _look(self) -> None:
+        """Give up what is late while more wait than places are about to be free; look again."""
+        self._timer = None
+        late = asyncio.get_running_loop().time() - self._hold_seconds()
+        while self._reading and self._num_waiting > len(self._given_up):
+            reading, since = next(iter(self._reading.items()))
+            if since > late:
+                break
+            del self._reading[reading]
             self._given_up.add(reading)
             reading.interrupt()
+        if self._num_waiting:
+            self._look_later()
 
 
 async def parsed(
