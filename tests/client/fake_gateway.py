@@ -187,6 +187,17 @@ def running_gateway(
     behaviour: Behaviour, *, serving: bool = True
 ) -> Iterator[tuple[str, health.HealthServicer]]:
     """Serves on a free loopback port; yields the address and the health servicer."""
+    server, target, checks = start_gateway(behaviour, serving=serving)
+    try:
+        yield target, checks
+    finally:
+        server.stop(None).wait()
+
+
+def start_gateway(
+    behaviour: Behaviour, *, serving: bool = True
+) -> tuple[grpc.Server, str, health.HealthServicer]:
+    """A gateway that runs, its address and its health servicer."""
     server = grpc.server(ThreadPoolExecutor(max_workers=24))
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(FakeGateway(behaviour), server)
     checks = health.HealthServicer()
@@ -196,7 +207,4 @@ def running_gateway(
         checks.set(name, status.SERVING if serving else status.NOT_SERVING)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    try:
-        yield f"127.0.0.1:{port}", checks
-    finally:
-        server.stop(None).wait()
+    return server, f"127.0.0.1:{port}", checks

@@ -24,7 +24,13 @@ from nanoinfer.cli.app import app
 from nanoinfer.v1 import gateway_pb2, gateway_pb2_grpc
 from typer.testing import CliRunner
 
-from tests.client.fake_gateway import SUMMARY, Behaviour, FakeGateway, running_gateway
+from tests.client.fake_gateway import (
+    SUMMARY,
+    Behaviour,
+    FakeGateway,
+    running_gateway,
+    start_gateway,
+)
 
 CONNECT_SECONDS = 1.0
 WAYS = ("generate", "stream", "generate_batch", "count_tokens", "models")
@@ -257,6 +263,35 @@ async def test_a_gateway_that_has_gone_since_is_noticed_asyncio(behaviour: Behav
         with pytest.raises(nanoinfer.Unavailable) as caught:
             await client.stream("x").result()
     assert target in caught.value.message
+
+
+@pytest.mark.matrix("R64")
+def test_a_call_that_a_draining_gateway_still_answers_is_waited_for(behaviour: Behaviour) -> None:
+    released = threading.Event()
+
+    def slow(request: Any, context: grpc.ServicerContext) -> Any:
+        released.wait(60)
+        return gateway_pb2.GatewayServiceGenerateResponse(summary=SUMMARY)
+
+    behaviour.unary = slow
+    server, target, _ = start_gateway(behaviour)
+    with Client(target, connect_timeout=0.2) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.generate, "x")
+        watchdog = client._watchdog
+        wait_for(lambda: watchdog._last_success > 0)
+        stopped = server.stop(60)
+        # the port is closed now, and the client has noticed
+        wait_for(lambda: any(each.lost for each in watchdog._watched))
+        released.set()
+        assert answer.result(60).model == "fake"
+    stopped.wait(60)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_watching_ends_with_the_calls_and_keeps_no_stream(
