@@ -137,7 +137,7 @@ async def alone(server: Server, prompt: tuple[int, ...], max_tokens: int) -> Cas
 
 
 def expected_tokens(case: Case, max_tokens: int, stop_token_ids: Sequence[int]) -> tuple[int, ...]:
-    """What the request gives alone with these stops."""
+    """Ids that the request alone gives with these stops."""
     tokens = case.tokens[:max_tokens]
     ends = [i for i, token_id in enumerate(tokens) if token_id in stop_token_ids]
     return tokens[: ends[0]] if ends else tokens
@@ -215,7 +215,7 @@ def observe(tally: Tally) -> None:
 
 
 async def watch_process(ends: float, tally: Tally) -> None:
-    """What the process holds, once a second."""
+    """Samples of what the process holds, one a second."""
     while time.monotonic() < ends:
         observe(tally)
         await asyncio.sleep(1)

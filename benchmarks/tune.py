@@ -43,7 +43,7 @@ TABLES = Path(products.__file__).parent / "tables"
 FORMATS = ("full", "fp8")
 TUNED_BYTES = 256 << 20
 CLOSE, BETTER = 1.25, 0.998
-"""How much longer a shape may take alone to be tried in a step, and what counts as faster there."""
+"""Ratios to the fastest: of shapes that are tried within a step, and of a step that is faster."""
 
 CONTEXT = 768
 """Tokens at which attention is timed: the longest context that short and long chats share."""

@@ -29,7 +29,7 @@ class AnswerBytes:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more should be fetched that has a reader to wait for."""
+        """True where answers hold so much that reading from engines should pause."""
         return self.num_bytes >= self._max_bytes
 
     @contextmanager
@@ -42,7 +42,7 @@ class AnswerBytes:
             share.set(0)
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether so many more fit; a request that is alone is never in its own way."""
+        """True where `num_bytes` more fit; a request that is alone always fits."""
         return not self.num_bytes or self.num_bytes + num_bytes <= self._max_bytes
 
 

@@ -1,4 +1,4 @@
-"""What the services of `up` get from this process's environment, and what of it is refused."""
+"""Environment variables that the services of `up` inherit, and those that are refused."""
 
 import os
 from collections.abc import Iterator

@@ -82,7 +82,7 @@ class ServiceProcess:
             raise CommandError(said)
 
     def last_words(self) -> str | None:
-        """How the process has ended, with its last log lines; None while it runs."""
+        """The exit code of the process and its last log lines; None while it runs."""
         if (code := self.process.poll()) is None:
             return None
         return f"the {self.name} ended with exit code {code}:{self.tail()}"

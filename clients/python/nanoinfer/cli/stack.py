@@ -169,7 +169,7 @@ class Stack:
         self.running = Running(self._children["gateway"].address, collector, os.getpid())
 
     def _refusals(self) -> str:
-        """What all services said that have ended, the engine first, for which is waited a while.
+        """Last words of the services that have ended, the engine's first: it is waited for a while.
 
         A model that is none lets the tokenizer fail at once, for a reason that misleads.
         """

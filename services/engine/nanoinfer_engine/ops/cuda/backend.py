@@ -79,7 +79,7 @@ Inner = Tensor | Gated
 
 @dataclass(frozen=True)
 class _Product:
-    """A linear layer as the kernels take it; `shapes` by number of rows, filled as they come."""
+    """A linear layer as the kernels take it; `shapes` has a tile for each number of few rows."""
 
     linear: Linear
     weight: Tensor
